@@ -1,0 +1,227 @@
+"""Checkpoints of any pytree of arrays, kept by orbax: saved whole, restored whole or not at all.
+
+A checkpoint holds the tree, its leaves' shapes and types, a checksum, and metadata of the
+caller's. So a damaged one is told from a sound one, and one of another model from a damaged one.
+"""
+
+import json
+import logging
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization, traverse_util
+
+Tree = Any
+_MAX_TO_KEEP = 2
+_SEPARATOR = "/"
+
+
+class Checkpoints:
+    """The checkpoints of one training in one directory: the newest two are kept.
+
+    Use it as a context manager, or call `close`. What is in the directory already is kept.
+
+    Args:
+      directory: made at the first `save`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory, Checkpoints(directory) as checkpoints:
+    ...     checkpoints.save(3, {"w": jnp.ones(2)}, {"note": "sound"})
+    ...     step, tree, metadata = checkpoints.restore({"w": jnp.zeros(2)})
+    >>> step, tree["w"].tolist(), metadata["note"]
+    (3, [1.0, 1.0], 'sound')
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory).absolute()
+        self._manager: ocp.CheckpointManager | None = None
+        logging.getLogger("absl").setLevel(logging.ERROR)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for what is being written, and releases orbax's threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def steps(self) -> list[int]:
+        """Returns the steps there are checkpoints of, in ascending order; none need be sound."""
+        if not self.directory.is_dir():
+            return []
+        names = (path.name for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def save(self, step: int, tree: Tree, metadata: dict | None = None) -> None:
+        """Writes a checkpoint, and returns when it is complete.
+
+        Args:
+          step: names it; larger than that of every sound checkpoint there.
+          tree: a pytree of arrays, PRNG keys among them.
+          metadata: anything that JSON can hold.
+
+        Raises:
+          OSError: if it cannot be written; the checkpoints before it stay.
+        """
+        flat = _flatten(tree)
+        described = {
+            "metadata": metadata or {},
+            "leaves": _describe(flat),
+            "checksum": _checksum(flat),
+        }
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(flat), description=ocp.args.JsonSave(described)
+        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            manager = self._open()
+            if step in manager.all_steps():  # was passed over as damaged
+                manager.delete(step)
+            manager.save(step, args=args, force=True)
+            manager.wait_until_finished()
+        except Exception as error:  # tensorstore raises what it likes on a full disk
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.directory}: "
+                f"{_first_line(error)}: free some space, or choose a writable `run_dir`"
+            ) from error
+
+    def restore(self, target: Tree, step: int | None = None) -> tuple[int, Tree, dict] | None:
+        """Returns the newest sound checkpoint, warning of every one that is passed over.
+
+        Args:
+          target: a pytree of arrays or shapes with the structure to restore; the result has its
+            structure, shapes, types, and shardings where it has any.
+          step: only this one is tried; None tries all, the newest first.
+
+        Returns:
+          The step, the tree and the metadata; None if there is no sound checkpoint.
+
+        Raises:
+          ValueError: if the checkpoint is one of another model.
+        """
+        for candidate in reversed(self.steps() if step is None else [step]):
+            try:
+                described = self._description(candidate)
+            except Exception as error:
+                self._warn(candidate, error)
+                continue
+            self._check_leaves(candidate, described["leaves"], _describe(_flatten(target)))
+            try:
+                flat = self._read(candidate, target)
+                if _checksum(flat) != described["checksum"]:
+                    raise OSError("its checksum is wrong")
+            except Exception as error:
+                self._warn(candidate, error)
+                continue
+            return candidate, _unflatten(flat, target), described["metadata"]
+        return None
+
+    def metadata(self) -> dict | None:
+        """Returns the metadata of the newest checkpoint whose description can be read, or None."""
+        for step in reversed(self.steps()):
+            try:
+                return self._description(step)["metadata"]
+            except (OSError, ValueError, KeyError) as error:
+                self._warn(step, error)
+        return None
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=_MAX_TO_KEEP, cleanup_tmp_directories=True
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def _description(self, step: int) -> dict:
+        path = self.directory / str(step) / "description" / "metadata"
+        described = json.loads(path.read_text())
+        return {key: described[key] for key in ("metadata", "leaves", "checksum")}
+
+    def _read(self, step: int, target: Tree) -> dict:
+        abstract = jax.tree.map(_abstract, _flatten(target))
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.directory / str(step) / "state", abstract)
+
+    def _warn(self, step: int, error: Exception) -> None:
+        warnings.warn(
+            f"the checkpoint of step {step} in {self.directory} is damaged and passed over: "
+            f"{_first_line(error)}",
+            stacklevel=3,
+        )
+
+    def _check_leaves(self, step: int, found: dict, wanted: dict) -> None:
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"the checkpoint of step {step} in {self.directory} must be one of this "
+                    f"model, with {name} {_shown(wanted.get(name))}, got "
+                    f"{_shown(found.get(name))}: choose another directory or model"
+                )
+
+
+def _shown(leaf: list | None) -> str:
+    return "absent" if leaf is None else f"{leaf[0]}{leaf[1]}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _raw(leaf: Any) -> Any:
+    # Keys are stored as their uint32 data, which every version of orbax can write.
+    if not _is_key(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, leaf)
+    return jax.random.key_data(leaf)
+
+
+def _flatten(tree: Tree) -> dict[str, Any]:
+    state = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep=_SEPARATOR)
+    return {name: _raw(leaf) for name, leaf in state.items()}
+
+
+def _unflatten(flat: dict[str, Any], target: Tree) -> Tree:
+    # Empty nodes are not stored: they come from the target.
+    state = traverse_util.flatten_dict(
+        serialization.to_state_dict(target), keep_empty_nodes=True, sep=_SEPARATOR
+    )
+    for name, leaf in flat.items():
+        if _is_key(state[name]):
+            leaf = jax.random.wrap_key_data(leaf)
+        state[name] = leaf
+    return serialization.from_state_dict(
+        target, traverse_util.unflatten_dict(state, sep=_SEPARATOR)
+    )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _describe(flat: dict[str, Any]) -> dict[str, list]:
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in flat.items()}
+
+
+def _checksum(flat: dict[str, Any]) -> int:
+    # The disk's own checks do not cover every byte of an array.
+    total = 0
+    for name in sorted(flat):
+        total = zlib.crc32(np.ascontiguousarray(jax.device_get(flat[name])).tobytes(), total)
+    return total

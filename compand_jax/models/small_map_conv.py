@@ -1,0 +1,82 @@
+"""Convolutions whose kernel is larger than the map, as matrix products.
+
+XLA's CPU backend runs such a convolution, forward and to the input's gradient, in a naive loop:
+3x3 SAME on a 2x2 map, in the last blocks of AlexNet and VGG at CIFAR's size, and 5x5 on a 4x4 map,
+in AlexNet's second, 10 to 50 times slower than the same sums as matrix products.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def conv_general_dilated(
+    lhs: Array, rhs: Array, window_strides: Any, padding: Any, **kwargs: Any
+) -> Array:
+    """Returns `jax.lax.conv_general_dilated(...)`, to rounding; the form that Linen's Conv calls.
+
+    On a CPU, a plain convolution with a kernel larger than the map is computed as one matrix
+    product for every output pixel, of the map's part that the kernel reaches and the kernel's
+    part that reaches the map: nothing is multiplied with padding. All else goes to `jax.lax`.
+
+    Args:
+      lhs: maps [batch, h, w, in].
+      rhs: kernel [kh, kw, in, out].
+      window_strides: (rows, columns).
+      padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+      **kwargs: as in `jax.lax.conv_general_dilated`.
+
+    Returns:
+      [batch, h', w', out] in lhs's dtype. Gradient: that of the sums, to rounding.
+    """
+    if not _is_slow(lhs, rhs, window_strides, **kwargs):
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
+    rows, columns = (
+        _reaches(size, taps, pads)
+        for size, taps, pads in zip(lhs.shape[1:3], rhs.shape[:2], padding, strict=True)
+    )
+    pixels = [
+        jnp.einsum("bhwi,hwio->bo", lhs[:, y, x], rhs[v, u], precision=kwargs.get("precision"))
+        for y, v in rows
+        for x, u in columns
+    ]
+    return jnp.stack(pixels, axis=1).reshape(lhs.shape[0], len(rows), len(columns), -1)
+
+
+def _is_slow(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Any,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **kwargs: Any,
+) -> bool:
+    """Whether XLA would run it in its naive loop, and it is as plain as is computed here."""
+    return (
+        jax.default_backend() == "cpu"
+        and dimension_numbers == _NHWC
+        and any(taps > size for taps, size in zip(rhs.shape[:2], lhs.shape[1:3], strict=True))
+        and all(
+            set(factors or (1,)) == {1} for factors in (window_strides, lhs_dilation, rhs_dilation)
+        )
+        and feature_group_count == 1
+        and kwargs.keys() <= {"precision"}
+    )
+
+
+def _reaches(size: int, taps: int, pads: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """For every output position along an axis: the inputs it sees, and the taps that see them."""
+    low, high = pads
+    starts = range(-low, size + high - taps + 1)
+    return [
+        (slice(max(s, 0), min(s + taps, size)), slice(max(-s, 0), min(size - s, taps)))
+        for s in starts
+    ]
