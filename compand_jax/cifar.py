@@ -170,6 +170,8 @@ def _open(spec: ArchiveSpec, data_dir: Path) -> tuple[dict[str, Any], int]:
 def _damage(spec: ArchiveSpec, data_dir: Path) -> Iterator[None]:
     try:
         yield
+    except (PermissionError, MemoryError):  # No reason to delete anything.
+        raise
     except Exception as error:  # The libraries raise anything, from KeyError to RuntimeError.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(

@@ -194,10 +194,7 @@ def read_archive(spec: ArchiveSpec, path: Path) -> Archive:
     records: dict[str, list[np.ndarray]] = {}
     for file in spec.files:
         rows = np.frombuffer(members[file.name], np.uint8).reshape(-1, spec.record_bytes)
-        for i, column in enumerate(spec.labels):
-            if rows[:, i].max(initial=0) >= column.num_classes:
-                problem = f"{file.name} has the {column.key} {rows[:, i].max()}"
-                _refuse(spec, path, f"{problem}, and the largest is {column.num_classes - 1}")
+        _check_labels(spec, path, file, rows)
         records.setdefault(file.split, []).append(rows)
     return Archive(
         records={split: np.concatenate(parts) for split, parts in records.items()},
@@ -242,6 +239,13 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if len(content) != member.size:
         raise EOFError(f"{member.name} ends early")
     return content
+
+
+def _check_labels(spec: ArchiveSpec, path: Path, file: RecordFile, rows: np.ndarray) -> None:
+    for i, column in enumerate(spec.labels):
+        if rows[:, i].max(initial=0) >= column.num_classes:
+            problem = f"{file.name} has the {column.key} {rows[:, i].max()}"
+            _refuse(spec, path, f"{problem}, and the largest is {column.num_classes - 1}")
 
 
 def _check_member(

@@ -7,6 +7,7 @@ is one compiled call; what it measures is summed on the device and fetched once.
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,9 @@ def evaluate(
     """
     n = len(images)
     if n == 0:
-        raise ValueError("`images` must hold at least one image, got an empty split: choose another")
+        raise ValueError(
+            "`images` must hold at least one image, got an empty split: choose another"
+        )
 
     @jax.jit
     def count(variables, images, labels, mask):
@@ -238,6 +241,7 @@ def make_chunk(
     # outside of one; elsewhere a loop is as fast, and quicker to compile.
     unroll = length if jax.default_backend() == "cpu" else 1
     batch_sharding = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
 
     def one_step(state, images, labels, order):
         start = (state.step % per_epoch) * config.batch_size
@@ -249,7 +253,7 @@ def make_chunk(
         batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
         return train_step(state, batch, labels[rows], model=model, tx=tx)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
     def chunk(state, images, labels):
         # A chunk never crosses the end of an epoch, so one permutation does.
         epoch_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step // per_epoch)
@@ -298,8 +302,8 @@ def fit(
       tx: the state's optimizer.
       checkpoints: where to save and to go on from; None keeps none.
       metadata: stored with every checkpoint.
-      log: path of a JSONL file; a row a compiled call: `step`, `epoch`, and mean `loss` (nats)
-        and `accuracy` (percent) on the training batches, and what `describe` gives. When going
+      log: path of a JSONL file; a row a compiled call: `step`, `epoch`, mean `loss` (nats) and
+        `accuracy` (percent) on the training batches, `seconds`, and what `describe` gives. When going
         on, rows after the checkpoint are dropped.
       describe: a jitted function of the state, whose arrays are added to the row.
       progress: label of the progress bar; None shows none.
@@ -331,6 +335,7 @@ def fit(
     total = config.epochs * per_epoch
     with tqdm(total=total, initial=step, desc=progress, disable=progress is None) as bar:
         while step < total:
+            began = time.perf_counter()
             state, sums = chunk(state, images, labels)
             sums, described = jax.device_get((sums, describe(state) if describe else {}))
             step += length
@@ -338,6 +343,7 @@ def fit(
             row = {"step": step, "epoch": round(step / per_epoch, 4)}
             row["loss"] = float(sums["loss"]) / length
             row["accuracy"] = 100 * int(sums["correct"]) / (length * config.batch_size)
+            row["seconds"] = round(time.perf_counter() - began, 4)
             if log is not None:
                 append_log(log, row | jax.tree.map(lambda x: np.asarray(x).tolist(), described))
             bar.update(length)

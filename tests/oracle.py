@@ -104,13 +104,11 @@ def near_threshold(x, mu, scale, bits, signed, grid, tolerance=4e-6):
     """Returns where `x` lies within a relative `tolerance` of a threshold, for scalar `mu`."""
     thresholds = codebook(mu, scale, bits, signed, grid)[1]
     place = np.searchsorted(thresholds, x)
-    below = thresholds[np.maximum(place - 1, 0)]
-    above = thresholds[np.minimum(place, len(thresholds) - 1)]
-    gaps = np.minimum(
-        np.abs(x - below) / np.abs(below + (below == 0)),
-        np.abs(x - above) / np.abs(above + (above == 0)),
-    )
-    return (gaps <= tolerance) & (x != 0)
+    near = np.zeros(x.shape, bool)
+    for beside in (place - 1, place):
+        threshold = thresholds[np.clip(beside, 0, len(thresholds) - 1)]
+        near |= np.abs(x - threshold) <= tolerance * np.abs(threshold)
+    return near
 
 
 def gradients(x, mu, scale, bits, signed, grid, gradient="identity"):

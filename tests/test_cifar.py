@@ -174,6 +174,17 @@ def test_damaged_data_set(damage, make, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_data_set_that_may_not_be_read_is_not_called_damaged(make, tmp_path, monkeypatch):
+    data.prepare_cifar("cifar10", make(), tmp_path)
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tfds, "builder_from_directory", fail)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*cifar10"):
+        data.load_data("cifar10", tmp_path)
+
+
 def test_damaged_data_set_is_not_prepared_over(make, tmp_path):
     archive = make()
     truncate(data.prepare_cifar("cifar10", archive, tmp_path))

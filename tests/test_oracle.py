@@ -9,10 +9,13 @@ SCALE = 1.7
 
 
 def _smooth(x, mu, scale, offset):
-    """Returns Q with rounding as the addition of a constant, which is straight-through."""
-    v = np.minimum(np.abs(x) / scale, 1)
-    y = oracle.compress(v, mu) + offset
-    return np.where(x < 0, -1, 1) * scale * oracle.expand(y, mu)
+    """Returns Q with rounding as the addition of a constant, which is straight-through.
+
+    Not by the oracle's odd curves: around the level at zero they have a kink.
+    """
+    v, L = np.minimum(np.abs(x) / scale, 1), np.log1p(mu)
+    y = np.log1p(mu * v) / L + offset
+    return np.where(x < 0, -1, 1) * scale * np.expm1(y * L) / mu
 
 
 def _difference(function, at, step):
@@ -22,7 +25,6 @@ def _difference(function, at, step):
     return (8 * near - far) / (12 * step)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("mu", [mu for mu in MUS if mu >= 1e-3])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_derivatives(case, mu):
@@ -52,7 +54,6 @@ def test_gradients_are_derivatives(case, mu):
     np.testing.assert_allclose(in_scale[~inside], exact_scale[~inside], rtol=1e-7)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_in_mu_reaches_its_limit(case):
     x = oracle.samples(5000, SCALE, seed=21)
@@ -61,7 +62,6 @@ def test_gradient_in_mu_reaches_its_limit(case):
     np.testing.assert_allclose(near, limit, atol=2e-5)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("mu", MUS)
 @pytest.mark.parametrize("case", CASES)
 def test_curve_and_table_tell_the_same_codes(case, mu):

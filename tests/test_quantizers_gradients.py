@@ -16,7 +16,7 @@ SIZE = 20_000
 SMALL_MUS = (0.0, 1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 5e-4, 1e-3, 1e-2)
 MORE_MUS = (*SMALL_MUS, 0.1, 0.19, 0.21, 0.5, 1.0, 5.0, 50.0, 255.0)
 THREE = [(4, True, "midtread"), (8, False, "midtread"), (2, True, "midrise")]
-ALL = [pytest.param(c, marks=pytest.mark.quick) if c in THREE else c for c in CASES]
+ALL = [pytest.param(c, marks=pytest.mark.quick) if c == THREE[0] else c for c in CASES]
 
 
 @functools.cache
@@ -46,12 +46,20 @@ def check_sum(got, terms, tolerance=1e-3):
 @pytest.mark.parametrize("case", ALL)
 def test_sums_equal_the_oracle(case, mu):
     x, cotangent = data()
-    operands = jnp.asarray(x), jnp.float32(mu), jnp.asarray(SCALE), jnp.asarray(cotangent)
-    in_x, in_mu, in_scale = gradient_function(case)(*operands)
     exact = oracle.gradients(x, oracle.exact(mu), oracle.exact(SCALE), *case)
+
+    def pull_back(cotangent):
+        operands = jnp.asarray(x), jnp.float32(mu), jnp.asarray(SCALE), jnp.asarray(cotangent)
+        return gradient_function(case)(*operands)
+
+    in_x, in_mu, in_scale = pull_back(cotangent)
     np.testing.assert_array_equal(in_x, exact[0] * cotangent)
     check_sum(in_mu, exact[1] * cotangent)
     check_sum(in_scale, exact[2] * cotangent)
+    # Errors of a random sign average out; with all terms positive they add up.
+    for i in (1, 2):
+        aligned = np.abs(cotangent) * np.where(exact[i] < 0, -1, 1).astype(np.float32)
+        check_sum(pull_back(aligned)[i], exact[i] * aligned)
 
 
 @pytest.mark.parametrize("mu", MUS)
@@ -69,7 +77,7 @@ def test_chain_changes_the_gradient_in_x_only(case, mu):
     check_sum(in_scale, exact[2] * cotangent)
 
 
-@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("case", [*FEW, *THREE])
 def test_every_element_equals_the_oracle_at_every_mu(case):
     """One mu and one scale for each element: their gradients are not summed then."""
     n = 250
@@ -84,10 +92,9 @@ def test_every_element_equals_the_oracle_at_every_mu(case):
     assert np.mean(clear) > 0.99
     np.testing.assert_array_equal(in_x, exact[0])
     np.testing.assert_allclose(in_scale[clear], exact[2][clear], rtol=1e-5, atol=1e-6)
-    # The bound allows the limit in place of the formula where mu is below 5e-4, no more.
     error = np.abs(in_mu - exact[1]) / np.abs(cotangent)
     distance = SCALE / oracle.steps(*case)
-    assert np.all(error[clear] <= 5e-4 * distance + 1e-6)
+    assert np.all(error[clear] <= 2e-6 * distance + 1e-6)
 
 
 def near_any_threshold(x, mu, scale, *case):
@@ -99,19 +106,22 @@ def near_any_threshold(x, mu, scale, *case):
     return near
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("case", THREE)
 def test_gradient_in_mu_is_continuous_at_zero(case):
     x, cotangent = data()
+    numbers = 0.0, oracle.exact(SCALE), *case
+    # A threshold moves by at most mu / 2 of itself: no value here changes its level.
+    still = ~oracle.near_threshold(x.astype(np.float64), *numbers, tolerance=max(SMALL_MUS))
+    cotangent = cotangent * still
+    assert np.mean(still) > 0.3
 
     def at(mu):
         operands = jnp.asarray(x), jnp.float32(mu), jnp.asarray(SCALE), jnp.asarray(cotangent)
         return gradient_function(case)(*operands)[1]
 
-    size = np.sum(np.abs(oracle.gradients(x, 0.0, oracle.exact(SCALE), *case)[1] * cotangent))
-    limit = at(0.0)
+    size = np.sum(np.abs(oracle.gradients(x, *numbers)[1] * cotangent))
     for mu in SMALL_MUS:
-        assert abs(at(mu) - limit) <= (2 * mu + 1e-4) * size
+        assert abs(at(mu) - at(0.0)) <= (2 * mu + 1e-4) * size
 
 
 @pytest.mark.parametrize("gradient", ["identity", "chain"])
@@ -126,7 +136,6 @@ def test_is_finite_at_zeros_clip_and_infinity(case, gradient):
             assert np.all(np.isfinite(value))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("mu", [0.0, 5.0])
 @pytest.mark.parametrize("case", FEW)
 def test_clip_boundary_and_zero(case, mu):
@@ -159,7 +168,7 @@ def test_unsigned_passes_nothing_at_and_below_zero():
             np.testing.assert_array_equal(value, np.zeros(6))
 
 
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("case", THREE)
 def test_per_channel_gradients_are_summed_over_the_other_axes(case):
     x = oracle.samples(6 * 5 * 40 * 7, SCALE, seed=12).reshape(6, 5, 40, 7)
     cotangent = np.random.default_rng(13).normal(size=x.shape).astype(np.float32)
@@ -203,12 +212,16 @@ def _rows(case):
     return operands, [g * cotangent for g in exact]
 
 
-def _loss(case, gradient="identity"):
+def _loss(case):
     def loss(x, mu, scale, cotangent):
-        quantized = cj.fake_quantize(x, mu, scale, **spec(case), gradient=gradient)
-        return jnp.sum(quantized * cotangent)
+        return jnp.sum(cj.fake_quantize(x, mu, scale, **spec(case)) * cotangent)
 
     return loss
+
+
+def _one_by_one(loss, operands):
+    rows = [jax.grad(loss, (0, 1, 2))(*row) for row in zip(*operands, strict=True)]
+    return tuple(jnp.stack(column) for column in zip(*rows, strict=True))
 
 
 def _vmap_of_grad(loss, operands):
@@ -219,11 +232,15 @@ def _grad_of_vmap(loss, operands):
     return jax.grad(lambda *a: jnp.sum(jax.vmap(loss)(*a)), (0, 1, 2))(*operands)
 
 
+def _jit_of_grad_of_vmap(loss, operands):
+    return jax.jit(functools.partial(_grad_of_vmap, loss))(operands)
+
+
 def _grad_of_scan(loss, operands):
     def total(*operands):
         return jax.lax.scan(lambda sum_, row: (sum_ + loss(*row), None), 0.0, operands)[0]
 
-    return jax.grad(total, (0, 1, 2))(*operands)
+    return jax.jit(jax.grad(total, (0, 1, 2)))(*operands)
 
 
 def _grad_of_remat(loss, operands):
@@ -231,27 +248,12 @@ def _grad_of_remat(loss, operands):
     return jax.jit(jax.grad(total, (0, 1, 2)))(*operands)
 
 
-def _one_by_one(loss, operands):
-    rows = [jax.grad(loss, (0, 1, 2))(*row) for row in zip(*operands, strict=True)]
-    return tuple(jnp.stack(column) for column in zip(*rows, strict=True))
+TRANSFORMS = [_one_by_one, _vmap_of_grad, _grad_of_vmap, _jit_of_grad_of_vmap]
+TRANSFORMS += [_grad_of_scan, _grad_of_remat]
 
 
-def _jit_of_grad_of_vmap(loss, operands):
-    return jax.jit(functools.partial(_grad_of_vmap, loss))(operands)
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        _one_by_one,
-        _vmap_of_grad,
-        _grad_of_vmap,
-        _jit_of_grad_of_vmap,
-        _grad_of_scan,
-        _grad_of_remat,
-    ],
-)
-@pytest.mark.parametrize("case", THREE)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("case", THREE[1:])
 def test_is_the_same_under_every_transformation(case, transform):
     operands, exact = _rows(case)
     in_x, in_mu, in_scale = transform(_loss(case), operands)

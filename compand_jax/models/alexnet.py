@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from compand_jax.models.layers import ConvSpec, classify, conv_stack
 
@@ -25,7 +26,8 @@ class AlexNet(nn.Module):
     Attributes:
       num_classes: number of logits.
       norm: "none" (convolutions have biases) or "batch" (they have none).
-      block_order: "conv_norm_act" or "norm_act_conv"; see `compand_jax.models.layers`.
+      block_order: "conv_norm_act" or "norm_act_conv", which differ with batch norm only; see
+        `compand_jax.models.layers`.
       dtype: of the computation; parameters are float32.
 
     Source: Krizhevsky, Sutskever, Hinton, NeurIPS 2012; in the variant of
@@ -38,7 +40,9 @@ class AlexNet(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
         """Returns float32 logits [batch, num_classes] of normalized images x [batch, h, w, c]."""
         x = conv_stack(
             x,

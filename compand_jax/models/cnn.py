@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from compand_jax.models.layers import ConvSpec, classify, conv_stack
 
@@ -27,7 +28,9 @@ class CNN(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
         """Returns float32 logits [batch, num_classes] of normalized images x [batch, h, w, c]."""
         x = conv_stack(
             x,

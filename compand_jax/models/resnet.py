@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from compand_jax.models.layers import (
     BLOCK_ORDERS,
@@ -35,7 +36,9 @@ class ResidualBlock(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], *, train: bool
+    ) -> Float[Array, "batch h_out w_out features"]:
         """Returns [batch, h/stride, w/stride, features] of x [batch, h, w, c]."""
         specs = (ConvSpec(self.features, stride=self.stride), ConvSpec(self.features))
         post = self.block_order == "conv_norm_act"
@@ -74,7 +77,9 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
         """Returns float32 logits [batch, num_classes] of normalized images x [batch, h, w, c]."""
         check_choice("depth", self.depth, DEPTHS)
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
@@ -93,7 +98,9 @@ class ResNet(nn.Module):
         return classify(x.mean(axis=(1, 2)), self.num_classes, self.dtype)
 
 
-def shortcut(x: Array, features: int, stride: int) -> Array:
+def shortcut(
+    x: Float[Array, "batch h w c"], features: int, stride: int
+) -> Float[Array, "batch h_out w_out features"]:
     """Returns every stride-th pixel of x, with as many zero channels added before as after it."""
     missing = features - x.shape[-1]
     before = missing // 2

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from compand_jax.models.layers import ConvSpec, check_choice, classify, conv_stack
 
@@ -32,7 +33,9 @@ class VGG(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool = False) -> Array:
+    def __call__(
+        self, x: Float[Array, "batch h w c"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
         """Returns float32 logits [batch, num_classes] of normalized images x [batch, h, w, c]."""
         check_choice("depth", self.depth, tuple(BLOCKS))
         x = conv_stack(

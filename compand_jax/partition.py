@@ -1,0 +1,49 @@
+"""One optimizer for the weights, one for mu and one for the scales."""
+
+from typing import Any
+
+import jax
+import optax
+
+
+def partition_optimizer(
+    weights: optax.GradientTransformation,
+    mu: optax.GradientTransformation,
+    scale: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer of {"params": ..., "compand": ...} with a part for each kind of leaf.
+
+    `weights` acts on all of "params"; `mu` and `scale` on the leaves of "compand" whose last key
+    ends in `mu` or `scale`. Nothing of one part reaches another: a weight decay in `weights`
+    leaves mu and scale alone. In full precision "compand" is absent, and so it may be.
+
+    Args:
+      weights: Optimizer of the network's own parameters.
+      mu: Optimizer of theta = log(1 + mu); mu stays in [0, 255] whatever it does.
+      scale: Optimizer of rho = log(scale).
+
+    Raises:
+      ValueError: on `init`, a collection or a leaf is of no known kind.
+
+    >>> tx = partition_optimizer(optax.sgd(0.1), mu=optax.adam(1e-3), scale=optax.set_to_zero())
+    >>> state = tx.init({"params": {"kernel": 1.0}, "compand": {"weight_mu": 0.7}})
+    """
+    return optax.partition({"weights": weights, "mu": mu, "scale": scale}, label_parameters)
+
+
+def label_parameters(parameters: Any) -> Any:
+    """Returns the tree of parameters with "weights", "mu" or "scale" in each leaf's place."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _label(path), parameters)
+
+
+def _label(path: tuple) -> str:
+    keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+    if keys and keys[0] == "params":
+        return "weights"
+    for label in ("mu", "scale"):
+        if keys and keys[0] == "compand" and keys[-1].endswith(label):
+            return label
+    raise ValueError(
+        "`params` of the optimizer must be {'params': ..., 'compand': ...} with leaves of compand "
+        f"named ...mu or ...scale, got {'/'.join(keys) or 'a leaf'}"
+    )

@@ -1,0 +1,273 @@
+"""A Linen model with its weights and activations quantized, as a value without state."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jaxtyping import Array
+
+from compand_jax import parametrization as par
+from compand_jax.calibration import CALIBRATIONS
+from compand_jax.config import QuantConfig, require_choice
+from compand_jax.interception import Layer, Observer, intercept_layers, layers_run
+from compand_jax.model_calibration import estimate_batch_stats, fit_parameters, observe
+from compand_jax.quantizers import fake_quantize
+from compand_jax.sites import Site, check_rules, site_from_config, sites_from_observers
+from compand_jax.summary import site_weight, summarize
+
+
+def quantize_model(
+    model: nn.Module, config: QuantConfig, *, sites: Mapping[str, Site] | None = None
+) -> "QuantizedModel":
+    """Returns a Linen model with its layers quantized; the model itself is not changed.
+
+    Args:
+      model: Any Linen module.
+      config: What to quantize and how.
+      sites: A calibrated model's `sites`, to go with a checkpoint of its variables; None for a
+        model to be calibrated.
+
+    Returns:
+      A `QuantizedModel`, to be used as a Linen module is: `init`, `apply`.
+
+    Raises:
+      TypeError: `model` is no Linen module, or `config` no QuantConfig.
+      ValueError: a rule matches none of `sites`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"`config` must be a QuantConfig, got {type(config).__name__}")
+    if sites is not None:
+        check_rules(config, sites)
+        sites = FrozenDict(sites)
+    return QuantizedModel(model, config, sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A Linen model whose layers see quantized weights and activations. Frozen and hashable.
+
+    Args:
+      model: The Linen module, unchanged.
+      config: What to quantize and how.
+      sites: What calibration found, by site; None before it, with activations signed.
+    """
+
+    model: nn.Module
+    config: QuantConfig
+    sites: FrozenDict | None = None
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the model's own variables, and "compand": mu_init and largest magnitudes.
+
+        Args and Returns are those of the Linen module's `init`. The activations' scales are the
+        largest magnitudes on the given input. Under `jit`, values inside scan, vmap and remat
+        cannot be seen: a weight's scale is then taken from `params`, an activation's is 1.
+
+        Raises:
+          ValueError: no layer is found, or a rule matches none.
+        """
+        observer = Observer(
+            activation=_absmax, weight=lambda x: x, at_output=self.config.act_site == "output"
+        )
+        with intercept_layers(observer):
+            variables = self.model.init(rngs, *args, **kwargs)
+        jax.effects_barrier()
+        compand: dict = {}
+        for name, site in sites_from_observers(self.config, [observer]).items():
+            for operand in site.operands():
+                if operand == "act":
+                    absmax = observer.values("activation", name) or [jnp.ones(())]
+                else:
+                    weights = observer.values("weight", name)
+                    if not weights and (own := site_weight(variables["params"], name)) is not None:
+                        weights = [own]
+                    absmax = [_absmax(weight, site.scale_axes) for weight in weights or [jnp.ones(())]]
+                scale = functools.reduce(jnp.maximum, absmax)
+                scale = jnp.where(scale > 0, scale, 1)
+                par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
+                if (path := par.mu_path(name, operand, self.config)) is not None:
+                    par.set_leaf(compand, path, par.theta_from_mu(self.config.mu_init))
+        return {**variables, "compand": compand}
+
+    def apply(
+        self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any
+    ) -> Any:
+        """Returns the quantized model's output, and the mutated collections where asked for.
+
+        Args:
+          variables: The model's collections and "compand", as `init` returns them.
+          *args: As the Linen module's `apply`.
+          mutable: As the Linen module's `apply`; "compand" never changes here.
+          **kwargs: As the Linen module's `apply` (`rngs`, `method`, ...).
+
+        Gradient: straight-through, as `fake_quantize`, in "params" and "compand".
+
+        Raises:
+          ValueError: "compand" is missing or of another config; or a layer that the model runs
+            was not reached, and so not quantized.
+        """
+        if "compand" not in variables:
+            raise ValueError(
+                f"`variables` must hold the collection 'compand', got {sorted(variables)}: "
+                "make it with this model's init or calibrate"
+            )
+        if self.sites is None:
+            _warn_uncalibrated(self)
+        rest = {name: value for name, value in variables.items() if name != "compand"}
+        visitor = _Quantizer(self, variables["compand"])
+        with intercept_layers(visitor):
+            outputs = self.model.apply(rest, *args, mutable=mutable, **kwargs)
+        if missed := layers_run(self.model, rest, args, mutable, kwargs) - visitor.visited:
+            raise ValueError(
+                f"site {', '.join(map(repr, sorted(missed)))} runs but was not quantized: a trace "
+                "of it that was made outside of this call was used; call it without its own jit"
+            )
+        return outputs
+
+    def calibrate(
+        self,
+        variables: Mapping[str, Any],
+        batches: Iterable,
+        *,
+        calibration: str = "mse",
+        batch_stats: bool = False,
+        **model_kwargs: Any,
+    ) -> tuple["QuantizedModel", dict[str, Any]]:
+        """Returns this model with its activations' signs found, and mu and scale from data.
+
+        The full-precision model runs once over the batches; what is kept of an activation is a
+        histogram, whatever the number of batches.
+
+        Args:
+          variables: The model's collections; an existing "compand" is replaced.
+          batches: Iterable of batches, a batch being the model's argument or a tuple of them.
+          calibration: "mse" (mu and scale of the least squared error) or "absmax" (scale the
+            largest magnitude, mu of the least squared error at it).
+          batch_stats: Whether to estimate the batch norms' statistics anew afterwards, under
+            quantization, as the mean over the batches. The batches are then kept in memory.
+          **model_kwargs: Further arguments of the model's `apply`, such as `train=False`.
+
+        Raises:
+          ValueError: there are no batches, a weight is not finite, or a rule matches no site.
+        """
+        require_choice("calibration", calibration, CALIBRATIONS)
+        rest = {name: value for name, value in variables.items() if name != "compand"}
+        if batch_stats:
+            batches = list(batches)
+        at_output = self.config.act_site == "output"
+        seen = observe(self.model, rest, batches, model_kwargs, at_output=at_output)
+        sites = sites_from_observers(self.config, seen.observers)
+        if self.config.act_signed is None:
+            for name, data in seen.activations.items():
+                sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
+        qmodel = dataclasses.replace(self, sites=FrozenDict(sites))
+        compand = fit_parameters(self.config, sites, seen, calibration)
+        result = {**rest, "compand": compand}
+        if batch_stats:
+            result["batch_stats"] = estimate_batch_stats(
+                qmodel.apply, result, batches, model_kwargs
+            )
+        return qmodel, result
+
+    def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """Returns {site: {"weight_mu", "weight_scale", "act_mu", "act_scale"}}.
+
+        mu is without unit, 0 where the quantizer is uniform; a scale is in the units of what it
+        clips. Operands in full precision are absent.
+        """
+        compand = variables["compand"]
+        found: dict[str, dict[str, Array]] = {}
+        for site, operand in par.quantized_operands(compand):
+            parameters = par.read_parameters(compand, site, operand, self.config)
+            assert parameters is not None
+            mu, scale = parameters
+            found.setdefault(site, {}).update(
+                {f"{operand}_mu": mu, f"{operand}_scale": scale}
+            )
+        return found
+
+    def summary(self, variables: Mapping[str, Any]) -> str:
+        """Returns a table of the sites, and the names of the weights that are not quantized.
+
+        A row per site: bits, mu, scale, signal to quantization noise of the weights in dB, bytes
+        of the weights before and after, and whether the activations have a sign.
+        """
+        quantizers = self.quantizers(variables)
+        return summarize(
+            variables["params"], quantizers, {name: self.site(name) for name in quantizers}
+        )
+
+    def site(self, name: str) -> Site:
+        """Returns what is static about a site: as calibrated, or else as configured."""
+        if self.sites is not None and name in self.sites:
+            return self.sites[name]
+        return site_from_config(self.config, name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_uncalibrated(qmodel: QuantizedModel) -> None:
+    warnings.warn(
+        "the quantized model is not calibrated: mu and scale are what init set, and activations "
+        "are taken to be signed; call calibrate, or pass `sites` to quantize_model",
+        stacklevel=3,
+    )
+
+
+class _Quantizer:
+    """The visitor that quantizes what every layer multiplies."""
+
+    def __init__(self, qmodel: QuantizedModel, compand: Mapping) -> None:
+        self._qmodel, self._compand = qmodel, compand
+        self.visited: set[str] = set()
+
+    def operands(
+        self, layer: Layer, activation: Array | None, weight: Array
+    ) -> tuple[Array | None, Array]:
+        self.visited.add(layer.site)
+        if activation is not None and self._qmodel.config.act_site == "input":
+            activation = self._quantize(layer.site, "act", activation)
+        return activation, self._quantize(layer.site, "weight", weight)
+
+    def output(self, layer: Layer, output: Array) -> Array:
+        if self._qmodel.config.act_site == "input":
+            return output
+        return self._quantize(layer.site, "act", output)
+
+    def _quantize(self, name: str, operand: str, x: Array) -> Array:
+        site, config = self._qmodel.site(name), self._qmodel.config
+        if operand not in site.operands():
+            return x
+        parameters = par.read_parameters(self._compand, name, operand, config)
+        if parameters is None:
+            if operand == "act" and config.act_site == "output":  # the last layer's
+                return x
+            raise ValueError(
+                f"`variables` must hold compand/{'/'.join(par.scale_path(name, operand))}: they "
+                f"were made without running site {name!r}; init or calibrate with this method"
+            )
+        mu, scale = parameters
+        spec = site.spec(operand)
+        if config.scale_gradient == "lsq":
+            scale = _scale_gradient(scale, 1 / math.sqrt(x.size * spec.steps))
+        return fake_quantize(
+            x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid
+        )
+
+
+def _scale_gradient(x: Array, factor: float) -> Array:
+    """Returns x; its gradient is multiplied by the factor."""
+    return jax.lax.stop_gradient(x * (1 - factor)) + x * factor
+
+
+def _absmax(x: Array, kept_axes: tuple[int, ...] = ()) -> Array:
+    axes = tuple(i for i in range(x.ndim) if i - x.ndim not in kept_axes)
+    return jnp.max(jnp.abs(x), axes, initial=0.0, keepdims=bool(kept_axes)).astype(jnp.float32)

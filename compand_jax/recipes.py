@@ -1,0 +1,230 @@
+"""What a run is: `RunConfig`, its presets, and how it is written to and read from JSON."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from compand_jax.config import QuantConfig, Rule
+from compand_jax.data import DATASETS
+from compand_jax.models import BLOCK_ORDERS, MODELS
+
+CONTROL = "full_precision_continued"
+METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
+DTYPES = ("float32", "bfloat16", "float16")
+CALIBRATIONS = ("mse", "absmax")
+# What cannot change a result, so that a run may go on with another value.
+FREE_FIELDS = ("data_dir", "run_dir", "record_dir", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Trains a network in full precision, then fine-tunes it quantized, each method alike."""
+
+    dataset: str = "digits"
+    """Data set: digits (embedded), cifar10 or cifar100 (see scripts/prepare_data.py)."""
+    model: str = "cnn"
+    """Network: cnn, alexnet, alexnet-bn, vgg11, vgg13, vgg16, vgg19, resnet20, resnet32, resnet44
+    or resnet56."""
+    block_order: str = "conv_norm_act"
+    """Order within a block: conv_norm_act or norm_act_conv."""
+    dtype: str = "float32"
+    """Type of the computation: float32, bfloat16 or float16; parameters are float32."""
+    seed: int = 0
+    """Seed of parameters, shuffling and augmentation, from 0."""
+    epochs: int = 20
+    """Full-precision training, in epochs."""
+    finetune_epochs: int = 8
+    """Fine-tuning of each method, in epochs."""
+    methods: tuple[str, ...] = METHODS
+    """What is fine-tuned from the full-precision network, each with the same budget:
+    full_precision_continued (the control), uniform, mu_law-single, mu_law-separate,
+    mu_law-per_layer. They set quant.quantizer and quant.mu-scope."""
+    batch_size: int = 64
+    """Images a step, all devices together."""
+    learning_rate: float = 0.1
+    """Peak of the full-precision training's schedule (warm-up, then cosine to 0), of SGD with
+    Nesterov momentum 0.9."""
+    finetune_learning_rate: float = 0.02
+    """Peak of the fine-tuning's schedule, of the weights; the schedule is the same."""
+    mu_learning_rate: float = 3e-3
+    """Peak of the fine-tuning's schedule, of log(1 + mu), by Adam."""
+    scale_learning_rate: float = 1e-3
+    """Peak of the fine-tuning's schedule, of log(scale), by Adam."""
+    weight_decay: float = 5e-4
+    """L2 penalty's gradient, per unit of weight; on kernels only."""
+    warmup_epochs: float = 1.0
+    """Length of the linear warm-up, in epochs; less than epochs and finetune-epochs."""
+    pad: int = 0
+    """Augmentation: zeros around an image before it is cropped at random, in pixels."""
+    flip: bool = False
+    """Augmentation: whether images are mirrored at random."""
+    calibration: str = "mse"
+    """How mu and scale are found before they are learned: mse or absmax."""
+    calibration_batches: int = 4
+    """Training batches that are used for calibration."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Quantization."""
+    steps_per_call: int = 11
+    """Most training steps in one compiled call; metrics are logged once a call. On a CPU the
+    compilation time grows with it."""
+    checkpoint_every: int = 1
+    """Distance of checkpoints, in epochs."""
+    data_dir: Path = Path("data")
+    """Directory of the prepared data sets."""
+    run_dir: Path = Path("runs/digits")
+    """Directory of this run: configuration, metrics, checkpoints, results. The same command started
+    again goes on where it was stopped."""
+    record_dir: Path | None = None
+    """Directory that the small records (configuration, metrics, results, plot) are copied to at
+    the end; None for no copy."""
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            _require(self, name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+        for name, low in _INTEGERS.items():
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            _require(self, name, ok, f"an integer of at least {low}")
+        for name, low in _RATES.items():
+            value = getattr(self, name)
+            ok = isinstance(value, int | float) and math.isfinite(value) and value >= low
+            _require(self, name, ok, f"a finite number of at least {low}")
+        shortest = min(self.epochs, self.finetune_epochs)
+        ok = self.warmup_epochs < shortest
+        _require(self, "warmup_epochs", ok, f"less than the {shortest} epochs of the shorter stage")
+        ok = set(self.methods) <= set(METHODS) and len(set(self.methods)) == len(self.methods)
+        _require(self, "methods", ok, "different ones of " + ", ".join(METHODS))
+
+
+_CHOICES = {
+    "dataset": DATASETS,
+    "model": tuple(MODELS),
+    "block_order": BLOCK_ORDERS,
+    "dtype": DTYPES,
+    "calibration": CALIBRATIONS,
+}
+_INTEGERS = {
+    "seed": 0,
+    "epochs": 1,
+    "finetune_epochs": 1,
+    "batch_size": 1,
+    "pad": 0,
+    "calibration_batches": 1,
+    "steps_per_call": 1,
+    "checkpoint_every": 1,
+}
+_RATES = {
+    "learning_rate": 0,
+    "finetune_learning_rate": 0,
+    "mu_learning_rate": 0,
+    "scale_learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+}
+
+
+def _require(config: RunConfig, name: str, ok: bool, required: str) -> None:
+    if not ok:
+        raise ValueError(f"`{name}` must be {required}, got {getattr(config, name)!r}: change it")
+
+
+def _cifar(name: str, model: str, dataset: str, **fields: Any) -> RunConfig:
+    defaults = {
+        "model": model,
+        "dataset": dataset,
+        "batch_size": 128,
+        "pad": 4,
+        "flip": True,
+        "steps_per_call": 10,
+        "run_dir": Path("runs") / name,
+    }
+    return RunConfig(**(defaults | fields))
+
+
+_RECIPES: dict[str, dict[str, Any]] = {
+    "alexnet": {
+        "learning_rate": 0.03,
+        "epochs": 15,
+        "finetune_epochs": 5,
+        "finetune_learning_rate": 0.01,
+        "warmup_epochs": 1.0,
+    },
+    "vgg19": {
+        "learning_rate": 0.1,
+        "epochs": 160,
+        "finetune_epochs": 20,
+        "finetune_learning_rate": 0.01,
+        "warmup_epochs": 5.0,
+    },
+    "resnet20": {
+        "learning_rate": 0.1,
+        "epochs": 160,
+        "finetune_epochs": 20,
+        "finetune_learning_rate": 0.01,
+        "warmup_epochs": 5.0,
+        "weight_decay": 1e-4,
+    },
+}
+
+PRESETS = MappingProxyType(
+    {"digits": RunConfig()}
+    | {
+        f"{model}-{dataset}": _cifar(f"{model}-{dataset}", model, dataset, **recipe)
+        for dataset in ("cifar10", "cifar100")
+        for model, recipe in _RECIPES.items()
+    }
+)
+"""The recipes by name; "digits" is the default."""
+
+
+def preset(name: str) -> RunConfig:
+    """Returns the preset of that name; ValueError if there is none.
+
+    >>> preset("alexnet-cifar10").batch_size
+    128
+    """
+    if name not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}: choose one")
+    return PRESETS[name]
+
+
+def to_json(config: RunConfig) -> dict:
+    """Returns the configuration as JSON can hold it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_json(stored: dict) -> RunConfig:
+    """Returns the configuration that `to_json` wrote; what is absent has its default."""
+    fields = dict(stored)
+    for name in ("data_dir", "run_dir", "record_dir"):
+        if fields.get(name) is not None:
+            fields[name] = Path(fields[name])
+    fields["methods"] = tuple(fields.get("methods", METHODS))
+    quant = dict(fields.get("quant", {}))
+    quant["rules"] = tuple(Rule(**rule) for rule in quant.get("rules", ()))
+    fields["quant"] = QuantConfig(**quant)
+    return RunConfig(**fields)
+
+
+def differences(stored: dict, config: RunConfig) -> list[str]:
+    """Returns "name: stored value, not value" of every field that can change a result."""
+    wanted, defaults = to_json(config), to_json(RunConfig())
+    rows = []
+    for name in wanted.keys() - set(FREE_FIELDS):
+        found = stored.get(name, defaults[name])
+        if name == "quant":
+            found = defaults["quant"] | found
+        if found != wanted[name]:
+            rows.append(f"{name} is {found!r} there, {wanted[name]!r} here")
+    return sorted(rows)

@@ -1,0 +1,47 @@
+"""Prints the test accuracy of a run's finished stages, from their checkpoints alone."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from command_line import parse, run_script
+
+from compand_jax.data import load_data
+from compand_jax.experiments import evaluate_stage, finished_stages, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Prints the test accuracy of a run's finished stages, from their checkpoints alone."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """A run's directory, or that of one of its stages."""
+    data_dir: Path | None = None
+    """Directory of the prepared data sets; left out, the run's."""
+
+
+def main(args: list[str]) -> None:
+    """Prints a line `stage: correct/total = percent` for each stage."""
+    options = parse(Args, args)
+    run_dir, only = options.run_dir, None
+    if not (run_dir / "config.json").is_file() and (run_dir.parent / "config.json").is_file():
+        run_dir, only = run_dir.absolute().parent, run_dir.absolute().name
+    config = read_config(run_dir)
+    names = finished_stages(run_dir)
+    if only is not None:
+        names = [name for name in names if name == only]
+    if not names:
+        raise ValueError(
+            f"`run_dir` must have a finished stage, got {options.run_dir} with none: "
+            "finish the run with scripts/train.py"
+        )
+    data = load_data(config.dataset, options.data_dir or config.data_dir)
+    for name in names:
+        correct, total = evaluate_stage(config, data, name)
+        print(f"{name}: {correct}/{total} = {100 * correct / total:.2f}%", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

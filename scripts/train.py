@@ -1,0 +1,22 @@
+"""Trains a network in full precision, then fine-tunes it quantized by each method.
+
+Usage: train.py [PRESET] [--field value ...]; without a preset, digits.
+"""
+
+import sys
+
+from command_line import parse, run_script
+
+from compand_jax.experiments import run
+from compand_jax.recipes import PRESETS, RunConfig, preset
+
+
+def main(args: list[str]) -> None:
+    """Runs the preset that comes first in the arguments, with the fields that follow."""
+    name = args.pop(0) if args and not args[0].startswith("-") else "digits"
+    description = f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults below are those of {name}."
+    run(parse(RunConfig, args, default=preset(name), description=description))
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
