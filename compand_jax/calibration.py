@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from compand_jax.codebooks import Spec
 from compand_jax.companding import mu_law_expand
-from compand_jax.quantizers import Spec, fake_quantize
+from compand_jax.quantizers import fake_quantize
 
 CALIBRATIONS = ("mse", "absmax")
 MU_MAX = 255.0

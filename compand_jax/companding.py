@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the precision that companding runs in: float32, or float64 for float64 input."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def power_series(z: Array, coefficients: tuple[float, ...]) -> Array:

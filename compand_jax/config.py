@@ -8,7 +8,7 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from compand_jax.quantizers import GRIDS, check_spec
+from compand_jax.codebooks import GRIDS, check_spec
 
 MU_SCOPES = ("single", "separate", "per_layer")
 QUANTIZERS = ("mu_law", "uniform")

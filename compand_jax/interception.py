@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,7 @@ class Layer:
     channel_axes: tuple[int, ...]
 
 
+@runtime_checkable
 class Visitor(Protocol):
     """What `intercept_layers` calls at every layer, in the trace that the layer runs in."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from compand_jax.config import QuantConfig
 from compand_jax.interception import Observer
-from compand_jax.quantizers import Spec, check_spec
+from compand_jax.codebooks import Spec, check_spec
 
 
 @dataclasses.dataclass(frozen=True)
