@@ -114,9 +114,13 @@ def check_parameters(
         ("scale", scale, lambda a: a > 0, "positive and finite"),
     ):
         if not isinstance(value, jax.core.Tracer):
-            host = np.asarray(value, np.float64)
-            if not np.all(valid(host) & np.isfinite(host)):
-                raise ValueError(f"`{name}` must be {required}, got {value}")
+            with np.errstate(over="ignore"):
+                host = np.asarray(value).astype(dtype)  # 1e-50 and 1e39 are 0 and inf there
+            bad = ~(valid(host) & np.isfinite(host))
+            if np.any(bad):
+                raise ValueError(
+                    f"`{name}` must be {required} in {dtype.name}, got {np.asarray(value)[bad][0]}"
+                )
     mu, scale = jnp.asarray(mu, dtype), jnp.asarray(scale, dtype)
     for name, value in (("mu", mu), ("scale", scale)):
         if like is not None and value.ndim and not _broadcasts_to(value.shape, like[1]):

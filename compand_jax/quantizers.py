@@ -18,9 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from compand_jax.codebooks import (
     Spec,
@@ -48,7 +49,7 @@ def quantize(
     bits: int,
     signed: bool = True,
     grid: str = "midtread",
-) -> Int[Array, "..."]:
+) -> Integer[Array, "..."]:
     """Returns the integer code of each value: how many thresholds lie between it and zero.
 
     Args:
@@ -173,12 +174,12 @@ def _check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Arra
 def _check_codes(codes: Array, spec: Spec) -> None:
     if isinstance(codes, jax.core.Tracer) or codes.size == 0:
         return
-    top = spec.steps - spec.midrise
-    low = -spec.steps if spec.signed else 0
-    if int(codes.min()) < low or int(codes.max()) > top:
+    low, top = -spec.steps if spec.signed else 0, spec.steps - int(spec.midrise)
+    host = np.asarray(codes)
+    if host.min() < low or host.max() > top:
         raise ValueError(
             f"`codes` must be in [{low}, {top}] at {spec.bits} bits, "
-            f"got {int(codes.min())} to {int(codes.max())}"
+            f"got {host.min()} to {host.max()}"
         )
 
 
@@ -196,15 +197,15 @@ def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     x = x.astype(mu.dtype)
     counts = jnp.arange(len(positions(spec)[0]), dtype=jnp.int32)
     k = look_up(_magnitude(x, spec), mu, scale, counts, spec)
-    return jnp.where(x < 0, -k - spec.midrise, k).astype(spec.code_dtype)
+    return jnp.where(x < 0, -k - int(spec.midrise), k).astype(spec.code_dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _dequantize(codes: Array, mu: Array, scale: Array, spec: Spec, dtype: Any) -> Array:
     levels, _ = half_table(mu, scale, spec)
     k = codes.astype(jnp.int32)
-    magnitude = take(levels, jnp.where(k < 0, -k - spec.midrise, k))
-    return jnp.where(k < 0, -magnitude, magnitude).astype(dtype)
+    magnitude = take(levels, jnp.where(k < 0, -k - int(spec.midrise), k))
+    return jnp.where(k < 0, 0 - magnitude, magnitude).astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -213,7 +214,8 @@ def _fake_quantize(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
     level = look_up(_magnitude(wide, spec), mu, scale, levels, spec)
-    signed = jnp.where(wide < 0, -level, level) if spec.signed else level
+    # 0 - level, not -level: the level at zero has one sign, as its code has.
+    signed = jnp.where(wide < 0, 0 - level, level) if spec.signed else level
     return jnp.where(jnp.isnan(wide), wide, signed).astype(x.dtype)
 
 

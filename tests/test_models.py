@@ -46,6 +46,11 @@ def shapes(model, x):
     return jax.eval_shape(model.init, jax.random.key(0), x)
 
 
+def drawn(variables):
+    """Random values, of about the size that init gives, without the time to compile it."""
+    return jax.tree.map(lambda v: normal(v.shape) / math.sqrt(math.prod(v.shape[:-1])), variables)
+
+
 def kernels(variables):
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     named = {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
@@ -90,16 +95,14 @@ def test_types(name, order, dtype):
 )
 def test_every_parameter_learns(name, order):
     model, x = create_model(name, 10, order), images(name, batch=8)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = drawn(shapes(model, x))
 
     @jax.jit
+    @jax.grad
     def gradient(params):
-        def loss(params):
-            run = {**variables, "params": params}
-            logits, _ = model.apply(run, x, train=True, mutable=["batch_stats"])
-            return -jax.nn.log_softmax(logits)[:, 0].mean()
-
-        return jax.grad(loss)(params)
+        run = {**variables, "params": params}
+        logits, _ = model.apply(run, x, train=True, mutable=["batch_stats"])
+        return -jax.nn.log_softmax(logits)[:, 0].mean()
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(variables["params"])):
         assert np.isfinite(leaf).all(), path
@@ -109,15 +112,12 @@ def test_every_parameter_learns(name, order):
 def test_training_updates_batch_statistics_and_evaluation_does_not():
     model, x = create_model("cnn", 10), images("cnn", batch=4)
 
-    @jax.jit
-    def means():
-        variables = model.init(jax.random.key(0), x)
-        runs = [
-            model.apply(variables, x, train=t, mutable=["batch_stats"])[1] for t in (True, False)
-        ]
-        return [run["batch_stats"]["norm1"]["mean"] for run in (variables, *runs)]
-
-    before, trained, evaluated = means()
+    variables = drawn(shapes(model, x))
+    run = jax.jit(functools.partial(model.apply, mutable=["batch_stats"]), static_argnames="train")
+    trained, evaluated = (run(variables, x, train=train)[1] for train in (True, False))
+    before, trained, evaluated = (
+        run["batch_stats"]["norm1"]["mean"] for run in (variables, trained, evaluated)
+    )
     assert (trained != before).all()
     np.testing.assert_array_equal(evaluated, before)
 
@@ -139,11 +139,10 @@ def test_orders_differ_with_a_norm_only(norm):
     x = images("cnn")
 
     @jax.jit
-    def outputs():
-        variables = Stack(norm, BLOCK_ORDERS[0]).init(jax.random.key(0), x)
+    def outputs(variables):
         return [Stack(norm, order).apply(variables, x, mutable=True)[0] for order in BLOCK_ORDERS]
 
-    post, pre = outputs()
+    post, pre = outputs(drawn(shapes(Stack(norm, BLOCK_ORDERS[0]), x)))
     assert post.shape == pre.shape == (2, 2, 2, 8)
     assert (np.abs(post - pre).max() < 1e-6) == (norm == "none")
 
@@ -165,10 +164,11 @@ def test_shortcut_subsamples_and_pads_channels_evenly():
         (lambda: create_model("resnet21", 10), r"`name` must be one of cnn, alexnet, .*'resnet21'"),
         (lambda: create_model("cnn", 10, "pool_first"), r"`block_order` must be .*'pool_first'"),
         (lambda: shapes(AlexNet(norm="layer"), images("alexnet")), r"`norm` must be .*'layer'"),
+        (lambda: shapes(AlexNet(), images("cnn")), r"`x` must have .* got 1x1: give .* larger"),
         (lambda: shapes(ResNet(depth=21), images("resnet")), r"`depth` must be one of 20, .* 21"),
     ],
 )
-def test_unknown_choices_are_refused(make, match):
+def test_bad_arguments_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
 
@@ -204,7 +204,7 @@ def operands(shape, kernel, dtype=jnp.float32):
         ((4, 4), (5, 5), ((2, 2), (2, 2))),
         ((1, 1), (3, 3), "SAME"),
         ((2, 3), (3, 4), ((1, 2), (3, 0))),
-        ((2, 2), (5, 1), ((4, 3), (0, 0))),
+        ((2, 2), (3, 1), ((4, 5), (-1, 0))),
     ],
 )
 def test_small_map_convolution(size, taps, padding, dtype, tolerance):

@@ -1,0 +1,149 @@
+"""The README: its code runs, its commands are right, its tables are those of the records."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import command_line
+import pytest
+import update_readme
+
+from compand_jax.recipes import CONTROL, FULL_PRECISION, METHODS, RunConfig, preset
+from compand_jax.reports import results_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    return [line for block in code_blocks("bash") for line in block.splitlines()]
+
+
+@pytest.mark.quick
+def test_code_runs_as_written(capsys):
+    namespace = {}
+    for block in code_blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["logits"].shape == (256, 10)
+    assert "layers_0" in capsys.readouterr().out
+    assert set(namespace["quantizers"]) == {"layers_0", "layers_2"}
+    assert (namespace["values"] == namespace["same"]).all()
+    assert namespace["grad_mu"] != 0
+
+
+@pytest.mark.quick
+def test_own_model_is_quantized_in_ten_lines():
+    lines = [line for line in code_blocks("python")[0].splitlines() if line]
+    assert len(lines) == 10
+
+
+def test_ci_runs_the_two_commands():
+    two = ["pip install -e . && python scripts/train.py", "pip install -e '.[test]' && pytest"]
+    assert [line for line in commands() if line.startswith("pip")] == two
+    patterns = re.findall(
+        r"\$\(grep -E ['\"](.*)['\"] README\.md\)", (ROOT / ".ci/run").read_text()
+    )
+    found = [
+        [line for line in README.splitlines() if re.search(pattern, line)] for pattern in patterns
+    ]
+    assert found == [[line] for line in two]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python scripts/train")])
+def test_training_commands_parse(command):
+    name, *args = shlex.split(command)[2:]
+    config = command_line.parse(RunConfig, args, default=preset(name))
+    assert (config != preset(name)) == bool(args)
+
+
+def test_files_named_exist():
+    targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
+    targets += re.findall(r"\bscripts/\w+\.py\b", README)
+    assert len(targets) > 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_tables_are_those_of_the_records(monkeypatch):
+    # Without records a block has to be empty, so that no number is ever written by hand.
+    monkeypatch.chdir(ROOT)
+    assert README.count("<!-- results:alexnet-cifar10 -->") == 1
+    assert update_readme.fill(README, Path("results")) == README
+    outside = re.sub(r"<!-- results:.*?<!-- /results -->", "", README, flags=re.DOTALL)
+    assert not re.search(r"\d\d\.\d+ ?%", outside), "an accuracy that is in no record"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("results/*/results.json")), ids=lambda path: path.parent.name
+)
+def test_records_are_complete_and_agree(path):
+    results = json.loads(path.read_text())
+    assert [result["stage"] for result in results] == [FULL_PRECISION, *METHODS]
+    control = next(result for result in results if result["stage"] == CONTROL)
+    for result in results:
+        own = json.loads((path.parent / result["stage"] / "result.json").read_text())
+        assert {name: result[name] for name in own} == own
+        assert result["test_accuracy"] == 100 * result["correct"] / result["total"]
+        points = 100 * (result["correct"] - control["correct"]) / result["total"]
+        assert result["difference"] == pytest.approx(points, abs=1e-9)
+
+
+RESULTS = [
+    {
+        "stage": FULL_PRECISION,
+        "weight_bits": None,
+        "act_bits": None,
+        "mu_scope": None,
+        "test_accuracy": 50.0,
+        "correct": 5,
+        "total": 10,
+        "model_bytes": 1000,
+    }
+]
+BLOCK = "<!-- results:a-b -->\n{}<!-- /results -->\n"
+
+
+def record(root, results=RESULTS):
+    directory = root / "results" / "a-b"
+    directory.mkdir(parents=True)
+    (directory / "results.json").write_text(json.dumps(results))
+    (directory / "results.md").write_text(f"# a on b\n\n{results_table(results)}\n\nMore.\n")
+    return directory
+
+
+def test_update_fills_the_block_and_only_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    record(tmp_path)
+    Path("README.md").write_text("before\n" + BLOCK.format("stale\n") + "after\n")
+    with pytest.raises(ValueError, match=r"`readme` must have the tables .* got others"):
+        update_readme.main(["--check"])
+    update_readme.main([])
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n<!-- results:a-b -->\n\n| method")
+    assert text.endswith("[results/a-b](results/a-b).\n\n<!-- /results -->\nafter\n")
+    assert results_table(RESULTS) in text
+    update_readme.main(["--check"])
+    assert capsys.readouterr().out.endswith("README.md is unchanged\n")
+
+
+def test_block_without_record_is_empty(tmp_path):
+    text = update_readme.fill(BLOCK.format("| 99.99 % |\n"), tmp_path / "results")
+    assert text == BLOCK.format("")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_record_needs_one_block(tmp_path, count):
+    record(tmp_path)
+    with pytest.raises(ValueError, match=rf"`readme` must have one block .* got {count}"):
+        update_readme.fill(BLOCK.format("") * count, tmp_path / "results")
+
+
+def test_record_that_contradicts_itself_is_refused(tmp_path):
+    directory = record(tmp_path)
+    (directory / "results.json").write_text(json.dumps([RESULTS[0] | {"test_accuracy": 60.0}]))
+    with pytest.raises(ValueError, match="`results` must have the same table"):
+        update_readme.fill(BLOCK.format(""), tmp_path / "results")
