@@ -68,8 +68,16 @@ def max_pool(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h//2 w//2 c"
     as long.
 
     Gradient: goes to the first maximum of a window, in row-major order.
+
+    Raises:
+      ValueError: when x is less than two pixels high or wide.
     """
     batch, h, w, channels = x.shape
+    if min(h, w) < 2:
+        raise ValueError(
+            f"`x` must have at least 2x2 pixels where it is pooled; got {h}x{w}: "
+            "give this network larger images"
+        )
     x = x[:, : h // 2 * 2, : w // 2 * 2].reshape(batch, h // 2, 2, w // 2, 2, channels)
     x = _first_maximum(x[:, :, :, :, 0], x[:, :, :, :, 1])
     return _first_maximum(x[:, :, 0], x[:, :, 1])

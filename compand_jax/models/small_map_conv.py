@@ -38,8 +38,8 @@ def conv_general_dilated(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
     rows, columns = (
-        _reaches(size, taps, pads)
-        for size, taps, pads in zip(lhs.shape[1:3], rhs.shape[:2], padding, strict=True)
+        _reaches(size, taps, int(low), int(high))
+        for size, taps, (low, high) in zip(lhs.shape[1:3], rhs.shape[:2], padding, strict=True)
     )
     pixels = [
         jnp.einsum("bhwi,hwio->bo", lhs[:, y, x], rhs[v, u], precision=kwargs.get("precision"))
@@ -72,11 +72,17 @@ def _is_slow(
     )
 
 
-def _reaches(size: int, taps: int, pads: tuple[int, int]) -> list[tuple[slice, slice]]:
+def _reaches(size: int, taps: int, low: int, high: int) -> list[tuple[slice, slice]]:
     """For every output position along an axis: the inputs it sees, and the taps that see them."""
-    low, high = pads
     starts = range(-low, size + high - taps + 1)
     return [
-        (slice(max(s, 0), min(s + taps, size)), slice(max(-s, 0), min(size - s, taps)))
-        for s in starts
+        (
+            slice(_clip(start, size), _clip(start + taps, size)),
+            slice(_clip(-start, taps), _clip(size - start, taps)),
+        )
+        for start in starts
     ]
+
+
+def _clip(index: int, end: int) -> int:
+    return min(max(index, 0), end)
