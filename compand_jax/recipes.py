@@ -11,12 +11,30 @@ from compand_jax.config import QuantConfig, Rule
 from compand_jax.data import DATASETS
 from compand_jax.models import BLOCK_ORDERS, MODELS
 
+FULL_PRECISION = "full_precision"
 CONTROL = "full_precision_continued"
 METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
 DTYPES = ("float32", "bfloat16", "float16")
 CALIBRATIONS = ("mse", "absmax")
-# What cannot change a result, so that a run may go on with another value.
-FREE_FIELDS = ("data_dir", "run_dir", "record_dir", "checkpoint_every")
+# What changes no result but for rounding, so that a run may go on with another value.
+FREE_FIELDS = (
+    "methods",
+    "steps_per_call",
+    "checkpoint_every",
+    "data_dir",
+    "run_dir",
+    "record_dir",
+)
+# What only matters once a fine-tuning has begun.
+FINETUNE_FIELDS = (
+    "finetune_epochs",
+    "finetune_learning_rate",
+    "mu_learning_rate",
+    "scale_learning_rate",
+    "calibration",
+    "calibration_batches",
+    "quant",
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class RunConfig:
     """Training batches that are used for calibration."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantization."""
-    steps_per_call: int = 11
+    steps_per_call: int = 2
     """Most training steps in one compiled call; metrics are logged once a call. On a CPU the
     compilation time grows with it."""
     checkpoint_every: int = 1
@@ -138,7 +156,7 @@ def _cifar(name: str, model: str, dataset: str, **fields: Any) -> RunConfig:
         "batch_size": 128,
         "pad": 4,
         "flip": True,
-        "steps_per_call": 10,
+        "steps_per_call": 5,
         "run_dir": Path("runs") / name,
     }
     return RunConfig(**(defaults | fields))
@@ -217,11 +235,17 @@ def from_json(stored: dict) -> RunConfig:
     return RunConfig(**fields)
 
 
-def differences(stored: dict, config: RunConfig) -> list[str]:
-    """Returns "name: stored value, not value" of every field that can change a result."""
+def differences(stored: dict, config: RunConfig, *, finetune: bool = True) -> list[str]:
+    """Returns "name is x there, y here" of every field that can change a result.
+
+    Args:
+      stored: the other configuration, as `to_json` wrote it; what is absent has its default.
+      config: this configuration.
+      finetune: whether the fields of the fine-tuning count.
+    """
     wanted, defaults = to_json(config), to_json(RunConfig())
     rows = []
-    for name in wanted.keys() - set(FREE_FIELDS):
+    for name in wanted.keys() - set(FREE_FIELDS) - set(() if finetune else FINETUNE_FIELDS):
         found = stored.get(name, defaults[name])
         if name == "quant":
             found = defaults["quant"] | found

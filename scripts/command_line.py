@@ -40,9 +40,9 @@ def parse(
 
 
 def one_line(box: str) -> str:
-    """Returns what tyro says within its box, without its advice.
+    r"""Returns what tyro says within its box, without its advice.
 
-    >>> one_line("╭─ Error ─╮\\n│ Wrong   │\\n│ thing.  │\\n│ ─────── │\\n│ Advice  │\\n╰─────────╯")
+    >>> one_line("╭─ Error ─╮\n│ Wrong  │\n│ thing. │\n│ ────── │\n│ Advice │\n╰────────╯")
     'Wrong thing.'
     """
     lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]

@@ -15,7 +15,9 @@ def main(args: list[str]) -> None:
     """Runs the preset that comes first in the arguments, with the fields that follow."""
     name = args.pop(0) if args and not args[0].startswith("-") else "digits"
     description = f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults below are those of {name}."
-    run(parse(RunConfig, args, default=preset(name), description=description))
+    config = parse(RunConfig, args, default=preset(name), description=description)
+    table = run(config)
+    print(f"\n{table}\n\nIn {config.run_dir}: results.md, plot.png, metrics and checkpoints")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""A run's directory: opened only for the same configuration, and what is found in it.
+
+It holds `config.json` and a directory for each stage, with `metrics.jsonl` (a row per compiled
+call), `checkpoints/` (the newest two) and, once the stage is finished, `result.json`.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from compand_jax.recipes import FULL_PRECISION, METHODS, RunConfig, differences, from_json, to_json
+
+_PACKAGES = ("compand-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+
+def open_run_dir(config: RunConfig, needed: int) -> None:
+    """Makes the run's directory and writes its configuration, or checks that it has the same.
+
+    As long as no fine-tuning has begun, its fields may change.
+
+    Args:
+      config: the run's.
+      needed: bytes that have to be free there.
+
+    Raises:
+      ValueError: if the directory has another configuration, or other files.
+      OSError: if it cannot be written, or the disk is full.
+    """
+    run_dir, path = config.run_dir, config.run_dir / "config.json"
+    methods = config.methods
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        rows = differences(stored, config, finetune=bool(_begun(run_dir)))
+        if rows:
+            raise ValueError(
+                f"`run_dir` must be of this configuration, got {run_dir} where "
+                f"{'; '.join(rows)}: choose another directory or the same values"
+            )
+        methods = (*methods, *_begun(run_dir))
+    elif run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ValueError(
+            f"`run_dir` must be new, empty or a run's directory, got {run_dir} with other files: "
+            "choose another directory"
+        )
+    _check_writable("run_dir", run_dir, needed)
+    if config.record_dir is not None:
+        _check_writable("record_dir", config.record_dir, 0)
+    methods = tuple(method for method in METHODS if method in methods)
+    write_json(path, to_json(dataclasses.replace(config, methods=methods)))
+
+
+def read_config(run_dir: str | Path) -> RunConfig:
+    """Returns the configuration of a run directory; FileNotFoundError if it is none."""
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`run_dir` must be a run's directory, with config.json in it, got {run_dir}: "
+            "give the directory that scripts/train.py wrote"
+        )
+    return dataclasses.replace(from_json(json.loads(path.read_text())), run_dir=Path(run_dir))
+
+
+def finished_stages(run_dir: str | Path) -> list[str]:
+    """Returns the names of a run's finished stages, in the order they are run."""
+    names = (FULL_PRECISION, *METHODS)
+    return [name for name in names if (Path(run_dir) / name / "result.json").is_file()]
+
+
+def read_results(run_dir: str | Path) -> list[dict]:
+    """Returns the results of a run's finished stages, in the order they are run."""
+    names = finished_stages(run_dir)
+    return [json.loads((Path(run_dir) / name / "result.json").read_text()) for name in names]
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON so that the file is either complete or as it was before."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text so that the file is either complete or as it was before."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def provenance() -> dict:
+    """Returns what a result was made with: versions, devices, and the date in UTC."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": f"{len(devices)} x {_cpu_model() if kind == 'cpu' else kind}",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _begun(run_dir: Path) -> list[str]:
+    return [method for method in METHODS if (run_dir / method).is_dir()]
+
+
+def _check_writable(name: str, directory: Path, needed: int) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as error:
+        raise OSError(
+            f"`{name}` must be a directory that can be written, got {directory} "
+            f"({error.strerror or error}): choose another, or free some space"
+        ) from error
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"`{name}` must have {needed / 1e6:.0f} MB free for its checkpoints, got {directory} "
+            f"with {free / 1e6:.0f} MB: choose another, or free some space"
+        )
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+        return f"{', '.join(sorted(names))} ({os.cpu_count()} cores)"
+    except (OSError, IndexError):
+        return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

@@ -1,0 +1,77 @@
+"""Writes the tables of recorded runs into the README, between their markers."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+from command_line import parse, run_script
+
+from compand_jax.reports import results_table
+
+_BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Writes the tables of recorded runs into the README, between their markers."""
+
+    readme: Path = Path("README.md")
+    """File with lines `<!-- results:NAME -->` and `<!-- /results -->`; what is between them is
+    replaced."""
+    results: Path = Path("results")
+    """Directory of the records, NAME/results.json and NAME/results.md."""
+    check: bool = False
+    """Change nothing; fail if there was something to change."""
+
+
+def main(args: list[str]) -> None:
+    """Updates or checks the README."""
+    options = parse(Args, args)
+    old = options.readme.read_text()
+    new = fill(old, options.results)
+    if options.check and new != old:
+        raise ValueError(
+            f"`readme` must have the tables of {options.results}, got others in {options.readme}: "
+            "run scripts/update_readme.py"
+        )
+    if new != old:
+        options.readme.write_text(new)
+    print(f"{options.readme} is {'unchanged' if new == old else 'updated'}")
+
+
+def fill(text: str, results: Path) -> str:
+    """Returns the text with each block's table; empty where there are no records.
+
+    Raises:
+      ValueError: a record has no block, or more than one, or does not agree with itself.
+    """
+    names = [match["name"] for match in _BLOCK.finditer(text)]
+    for path in sorted(results.glob("*/results.json")):
+        name, count = path.parent.name, names.count(path.parent.name)
+        if count != 1:
+            raise ValueError(
+                f"`readme` must have one block for each record, got {count} for {path}: write the "
+                f"lines <!-- results:{name} --> and <!-- /results -->"
+            )
+    return _BLOCK.sub(lambda match: match[1] + block(results / match["name"]) + match[3], text)
+
+
+def block(record: Path) -> str:
+    """Returns the text for one record: its results.md without the heading, and where it is."""
+    if not (record / "results.json").is_file():
+        return ""
+    table = results_table(json.loads((record / "results.json").read_text()))
+    heading, _, body = (record / "results.md").read_text().partition("\n")
+    if not heading.startswith("# ") or table not in body:
+        raise ValueError(
+            f"`results` must have the same table in results.md and results.json, got others in "
+            f"{record}: record the run again"
+        )
+    place = record.as_posix()
+    return f"\n{body.strip()}\n\nRecords and curves: [{place}]({place}).\n\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
