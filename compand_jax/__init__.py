@@ -12,3 +12,5 @@ from compand_jax.quantizers import dequantize as dequantize
 from compand_jax.quantizers import fake_quantize as fake_quantize
 from compand_jax.quantizers import quantize as quantize
 from compand_jax.sites import Site as Site
+from compand_jax.state_dicts import import_state_dict as import_state_dict
+from compand_jax.state_dicts import load_npz_state_dict as load_npz_state_dict

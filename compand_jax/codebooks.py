@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -54,7 +55,7 @@ class Spec(NamedTuple):
 
 def check_spec(bits: Any, signed: bool = True, grid: str = "midtread") -> Spec:
     """Returns the `Spec`; raises ValueError where `bits`, `signed` and `grid` are none."""
-    if isinstance(bits, bool) or not isinstance(bits, numbers.Integral) or not 1 <= bits <= 8:
+    if isinstance(bits, bool) or not isinstance(bits, numbers.Integral) or not 1 <= int(bits) <= 8:
         raise ValueError(f"`bits` must be an integer from 1 to 8, got {bits!r}")
     if grid not in GRIDS:
         raise ValueError(f"`grid` must be one of {', '.join(GRIDS)}, got {grid!r}")
@@ -113,7 +114,7 @@ def check_parameters(
         ("mu", mu, lambda a: a >= 0, "at least 0 and finite"),
         ("scale", scale, lambda a: a > 0, "positive and finite"),
     ):
-        if not isinstance(value, jax.core.Tracer):
+        if not isinstance(value, Tracer):
             with np.errstate(over="ignore"):
                 host = np.asarray(value).astype(dtype)  # 1e-50 and 1e39 are 0 and inf there
             bad = ~(valid(host) & np.isfinite(host))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
@@ -172,7 +173,7 @@ def _check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Arra
 
 
 def _check_codes(codes: Array, spec: Spec) -> None:
-    if isinstance(codes, jax.core.Tracer) or codes.size == 0:
+    if isinstance(codes, Tracer) or codes.size == 0:
         return
     low, top = -spec.steps if spec.signed else 0, spec.steps - int(spec.midrise)
     host = np.asarray(codes)
@@ -208,9 +209,8 @@ def _dequantize(codes: Array, mu: Array, scale: Array, spec: Spec, dtype: Any) -
     return jnp.where(k < 0, 0 - magnitude, magnitude).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _fake_quantize(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -> Array:
+def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -> Array:
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
     level = look_up(_magnitude(wide, spec), mu, scale, levels, spec)
@@ -219,13 +219,13 @@ def _fake_quantize(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -
     return jnp.where(jnp.isnan(wide), wide, signed).astype(x.dtype)
 
 
-def _fake_quantize_fwd(
+def _straight_through_fwd(
     x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
 ) -> tuple[Array, tuple]:
-    return _fake_quantize(x, mu, scale, spec, chain), (x, mu, scale)
+    return _straight_through(x, mu, scale, spec, chain), (x, mu, scale)
 
 
-def _fake_quantize_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
+def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
     x, mu, scale = residuals
     g = cotangent.astype(mu.dtype)
     wide = x.astype(mu.dtype)
@@ -244,7 +244,8 @@ def _fake_quantize_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Arr
     return dx, *_sum_both(dmu, dscale, mu.shape, scale.shape)
 
 
-_fake_quantize.__wrapped__.defvjp(_fake_quantize_fwd, _fake_quantize_bwd)
+_straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
+_fake_quantize = jax.jit(_straight_through, static_argnums=(3, 4))
 
 
 def _level_slope_in_mu(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
