@@ -5,9 +5,9 @@ A tensor is reduced to a `Sample`: magnitudes m_i with counts n_i. Its error und
     E(mu, c) = sum_i n_i (m_i - Q(m_i; mu, c))^2
 
 A weight with a scale per channel is its own sample. Any other tensor, and activations that stream
-by, are binned by the leading bits of their float32 representation (512 bins an octave, no range to
-know beforehand), each bin standing for the mean of what fell into it: what is left out, the
-spread within a bin, is the same for every quantizer that sends the bin to one level.
+by, are binned by the leading bits of their float32 representation (512 bins an octave, from 2^-40
+to 2^40, no range to know beforehand), each bin standing for the mean of what fell into it: what is
+left out, the spread within a bin, is the same for every quantizer that sends the bin to one level.
 
 The search is a grid over theta = log(1 + mu) and log c, then ever finer ones around the best.
 """
@@ -28,29 +28,36 @@ CALIBRATIONS = ("mse", "absmax")
 MU_MAX = 255.0
 
 _BINS_PER_OCTAVE_LOG2 = 9
-_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -30, 18
+_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -40, 40
 BINS = (_HIGHEST_EXPONENT - _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
+_UNUSED_BITS = 23 - _BINS_PER_OCTAVE_LOG2
+_LOWEST_BIN = (127 + _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
+_MIN_SAMPLE = 8192
 
 _THETA_POINTS, _SCALE_POINTS, _ZOOMS = 13, 25, 3
+# Relative to the power: what differs by less is as good, and the flatter curve is taken.
+_TIE = 1e-10
 
 
 class Histogram(NamedTuple):
     """Counts and sums of magnitudes by bin, and the extremes of the values; additive.
 
     `counts` and `sums` are [2, BINS]: first of the values at or above zero, then of those below.
+    A sum is of the distances from the bin's lower edge, which stays exact where the sum of a
+    million equal magnitudes would not.
     """
 
-    counts: Array
-    sums: Array
-    maximum: Array
-    minimum: Array
+    counts: Array | np.ndarray
+    sums: Array | np.ndarray
+    maximum: Array | np.ndarray
+    minimum: Array | np.ndarray
 
 
 class Sample(NamedTuple):
     """Magnitudes [channels, n], how often each occurs, and the largest, [channels]."""
 
     magnitudes: Array
-    counts: Array
+    counts: Array | np.ndarray
     absmax: Array
 
 
@@ -58,17 +65,22 @@ def histogram(x: Float[Array, "..."]) -> Histogram:
     """Returns the histogram of a tensor's magnitudes; NaN is not counted."""
     x = x.astype(jnp.float32).ravel()
     magnitudes = jnp.abs(x)
-    index = jax.lax.bitcast_convert_type(magnitudes, jnp.int32) >> (23 - _BINS_PER_OCTAVE_LOG2)
-    index = jnp.clip(index - ((127 + _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2), 0, BINS - 1)
-    index = index + jnp.where(x < 0, BINS, 0)
+    index = jax.lax.bitcast_convert_type(magnitudes, jnp.int32) >> _UNUSED_BITS
+    index = jnp.clip(index - _LOWEST_BIN, 0, BINS - 1)
     known = jnp.isfinite(x)
-    zeros = jnp.zeros(2 * BINS, jnp.float32)
+    distances = jnp.where(known, magnitudes - _lower_edges(index), 0)
+    index = index + jnp.where(x < 0, BINS, 0)
     return Histogram(
-        zeros.at[index].add(known.astype(jnp.float32)).reshape(2, BINS),
-        zeros.at[index].add(jnp.where(known, magnitudes, 0)).reshape(2, BINS),
+        jnp.zeros(2 * BINS, jnp.int32).at[index].add(known.astype(jnp.int32)).reshape(2, BINS),
+        jnp.zeros(2 * BINS, jnp.float32).at[index].add(distances).reshape(2, BINS),
         jnp.max(x, initial=0.0, where=known),
         jnp.min(x, initial=0.0, where=known),
     )
+
+
+def _lower_edges(index: Array) -> Array:
+    edges = jax.lax.bitcast_convert_type((index + _LOWEST_BIN) << _UNUSED_BITS, jnp.float32)
+    return jnp.where(index == 0, 0, edges)  # all that is smaller, and zero, is in the first bin
 
 
 def merge_histograms(a: Histogram, b: Histogram) -> Histogram:
@@ -82,14 +94,19 @@ def merge_histograms(a: Histogram, b: Histogram) -> Histogram:
 
 
 def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
-    """Returns a histogram's sample: the mean magnitude of each bin, of one channel."""
+    """Returns a histogram's sample: the mean magnitude of each bin in use, of one channel."""
     rows = slice(0, 2 if signed else 1)
     counts = np.sum(np.asarray(data.counts, np.float64)[rows], 0)
     sums = np.sum(np.asarray(data.sums, np.float64)[rows], 0)
     absmax = max(data.maximum, -data.minimum if signed else 0)
+    edges = np.asarray(_lower_edges(jnp.arange(BINS, dtype=jnp.int32)), np.float64)
+    used = np.flatnonzero(counts)
+    # To few lengths, so that the search is compiled few times.
+    padding = max(_MIN_SAMPLE, 1 << (len(used) - 1).bit_length()) - len(used)
+    magnitudes = np.pad(edges[used] + sums[used] / counts[used], (0, padding))
     return Sample(
-        jnp.asarray(sums / np.maximum(counts, 1), jnp.float32)[None],
-        jnp.asarray(counts, jnp.float32)[None],
+        jnp.asarray(magnitudes, jnp.float32)[None],
+        jnp.asarray(np.pad(counts[used], (0, padding)), jnp.float32)[None],
         jnp.asarray(absmax, jnp.float32)[None],
     )
 
@@ -98,7 +115,9 @@ def sample_from_tensor(x: Float[Array, "..."], channel_axes: tuple[int, ...] = (
     """Returns a concrete tensor's sample, each index of `channel_axes` being a channel."""
     if not channel_axes:
         return sample_from_histogram(jax.jit(histogram)(x), signed=True)
-    magnitudes = jnp.moveaxis(jnp.abs(x.astype(jnp.float32)), channel_axes, range(len(channel_axes)))
+    magnitudes = jnp.moveaxis(
+        jnp.abs(x.astype(jnp.float32)), channel_axes, range(len(channel_axes))
+    )
     channels = int(np.prod([x.shape[axis] for axis in channel_axes]))
     magnitudes = magnitudes.reshape(channels, -1)
     return Sample(magnitudes, jnp.ones_like(magnitudes), jnp.max(magnitudes, 1, initial=0.0))
@@ -131,7 +150,8 @@ def fit_group(
         mus = jnp.asarray(np.expm1(thetas), jnp.float32)
         fits = [best(sample, mus, spec) for sample, spec in zip(samples, specs, strict=True)]
         errors = np.stack([np.asarray(error, np.float64) for _, error in fits])
-        winner = int(np.argmin(errors.sum(0)))
+        total = errors.sum(0)
+        winner = int(np.argmax(total <= total.min() + _TIE))
         step = (high - low) / max(points - 1, 1)
         low, high = np.clip([thetas[winner] - step, thetas[winner] + step], *bounds)
     scales = [scale[winner] for scale, _ in fits]
@@ -166,7 +186,7 @@ def _best_scale(sample: Sample, mu: Array, spec: Spec, refine: bool) -> tuple[Ar
     lowest = jnp.maximum(lowest, highest * 2.0**-12)
     offsets = jnp.linspace(-1.0, 1.0, _SCALE_POINTS, dtype=jnp.float32)[:, None]
 
-    def zoom(_: int, state: tuple) -> tuple:
+    def zoom(_: Array, state: tuple) -> tuple:
         center, span, scale, _ = state
         # The scale found so far, unrounded by exp(log(c)): a constant tensor is exact there.
         candidates = jnp.concatenate([jnp.exp(center[None] + offsets * span[None]), scale[None]])

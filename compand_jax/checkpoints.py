@@ -1,11 +1,12 @@
 """Checkpoints of any pytree of arrays, kept by orbax: saved whole, restored whole or not at all.
 
-A checkpoint holds the tree, its leaves' shapes and types, a checksum, and metadata of the
-caller's. So a damaged one is told from a sound one, and one of another model from a damaged one.
+A checkpoint holds the tree, its leaves' shapes and types, metadata of the caller's, and checksums
+of the tree and of every file. So a damaged one is told from a sound one, and one of another model from a damaged one.
 """
 
 import json
 import logging
+import os
 import warnings
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ from flax import serialization, traverse_util
 Tree = Any
 _MAX_TO_KEEP = 2
 _SEPARATOR = "/"
+_SEAL = "files.json"
 
 
 class Checkpoints:
@@ -66,7 +68,8 @@ class Checkpoints:
         """Writes a checkpoint, and returns when it is complete.
 
         Args:
-          step: names it; larger than that of every sound checkpoint there.
+          step: names it; larger than that of every sound checkpoint there. Others, which were
+            passed over as damaged, are deleted.
           tree: a pytree of arrays, PRNG keys among them.
           metadata: anything that JSON can hold.
 
@@ -85,10 +88,11 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             manager = self._open()
-            if step in manager.all_steps():  # was passed over as damaged
-                manager.delete(step)
+            for damaged in [other for other in manager.all_steps() if other >= step]:
+                manager.delete(damaged)
             manager.save(step, args=args, force=True)
             manager.wait_until_finished()
+            self._seal(step)
         except Exception as error:  # tensorstore raises what it likes on a full disk
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.directory}: "
@@ -111,28 +115,15 @@ class Checkpoints:
         """
         for candidate in reversed(self.steps() if step is None else [step]):
             try:
+                self._check_seal(candidate)
                 described = self._description(candidate)
             except Exception as error:
                 self._warn(candidate, error)
                 continue
             self._check_leaves(candidate, described["leaves"], _describe(_flatten(target)))
-            try:
-                flat = self._read(candidate, target)
-                if _checksum(flat) != described["checksum"]:
-                    raise OSError("its checksum is wrong")
-            except Exception as error:
-                self._warn(candidate, error)
-                continue
-            return candidate, _unflatten(flat, target), described["metadata"]
-        return None
-
-    def metadata(self) -> dict | None:
-        """Returns the metadata of the newest checkpoint whose description can be read, or None."""
-        for step in reversed(self.steps()):
-            try:
-                return self._description(step)["metadata"]
-            except (OSError, ValueError, KeyError) as error:
-                self._warn(step, error)
+            flat = self._read_sound(candidate, target, described["checksum"])
+            if flat is not None:
+                return candidate, _unflatten(flat, target), described["metadata"]
         return None
 
     def _open(self) -> ocp.CheckpointManager:
@@ -148,6 +139,32 @@ class Checkpoints:
         described = json.loads(path.read_text())
         return {key: described[key] for key in ("metadata", "leaves", "checksum")}
 
+    def _seal(self, step: int) -> None:
+        path = self.directory / str(step) / _SEAL
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(_file_checksums(path.parent)))
+        os.replace(partial, path)
+
+    def _check_seal(self, step: int) -> None:
+        """Raises where a file is not as it was; orbax would read on, and fail noisily, later."""
+        path = self.directory / str(step) / _SEAL
+        if not path.is_file():  # killed before it was written: the tree's checksum has to do
+            return
+        found = _file_checksums(path.parent)
+        for name, checksum in json.loads(path.read_text()).items():
+            if found.get(name) != checksum:
+                raise OSError(f"{name} is {'changed' if name in found else 'missing'}")
+
+    def _read_sound(self, step: int, target: Tree, checksum: int) -> dict | None:
+        try:
+            flat = self._read(step, target)
+            if _checksum(flat) != checksum:
+                raise OSError("its checksum is wrong")
+            return flat
+        except Exception as error:
+            self._warn(step, error)
+            return None
+
     def _read(self, step: int, target: Tree) -> dict:
         abstract = jax.tree.map(_abstract, _flatten(target))
         with ocp.StandardCheckpointer() as checkpointer:
@@ -157,7 +174,7 @@ class Checkpoints:
         warnings.warn(
             f"the checkpoint of step {step} in {self.directory} is damaged and passed over: "
             f"{_first_line(error)}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def _check_leaves(self, step: int, found: dict, wanted: dict) -> None:
@@ -217,6 +234,15 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _describe(flat: dict[str, Any]) -> dict[str, list]:
     return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in flat.items()}
+
+
+def _file_checksums(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(directory)): zlib.crc32(path.read_bytes())
+        for path in files
+        if path.parent != directory or path.stem != Path(_SEAL).stem
+    }
 
 
 def _checksum(flat: dict[str, Any]) -> int:

@@ -70,8 +70,8 @@ class Rule:
     """
 
     pattern: str
-    weight_bits: int | None | Inherit = INHERIT
-    act_bits: int | None | Inherit = INHERIT
+    weight_bits: int | Inherit | None = INHERIT
+    act_bits: int | Inherit | None = INHERIT
     quantizer: str = INHERIT
     grid: str = INHERIT
     weight_granularity: str = INHERIT
@@ -89,7 +89,7 @@ class Rule:
             ("weight_granularity", GRANULARITIES),
         ):
             require_choice(name, getattr(self, name), (INHERIT, *choices))
-        # The grid that a rule's bits go with may be the config's: midrise allows every count.
+        # The grid that a rule's bits go with may be the config's, which checks them together.
         if self.weight_bits != INHERIT:
             _check_weights(self.weight_bits, "midrise" if self.grid == INHERIT else self.grid)
         if self.act_bits != INHERIT:
@@ -118,7 +118,7 @@ class QuantConfig:
       rules: Exceptions by site name, `Rule` objects; the first match wins.
 
     Raises:
-      ValueError: a field is out of its range.
+      ValueError: a field is out of its range, or a rule does not go with the other fields.
 
     >>> QuantConfig(weight_bits=3, mu_scope="single").act_bits
     4
@@ -152,6 +152,8 @@ class QuantConfig:
         if not all(isinstance(rule, Rule) for rule in self.rules):
             raise ValueError(f"`rules` must be a tuple of Rule objects, got {self.rules!r}")
         object.__setattr__(self, "rules", tuple(self.rules))  # a list is as good, unhashed
+        for rule in self.rules:
+            self._with(rule)
 
     def rule_for(self, site: str) -> Rule | None:
         """Returns the first rule that matches the site's whole name, or None."""
@@ -160,14 +162,18 @@ class QuantConfig:
     def at(self, site: str) -> "QuantConfig":
         """Returns this config as it is for one site, its rule applied.
 
-        Raises:
-          ValueError: the rule's fields and the config's do not go together.
+        >>> QuantConfig(rules=(Rule("head", weight_bits=8),)).at("head").weight_bits
+        8
         """
         rule = self.rule_for(site)
-        if rule is None:
-            return self
-        fields = dataclasses.asdict(rule)
-        del fields["pattern"]
-        return dataclasses.replace(
-            self, **{name: value for name, value in fields.items() if value != INHERIT}
-        )
+        return self if rule is None else self._with(rule)
+
+    def _with(self, rule: Rule) -> "QuantConfig":
+        fields = {**dataclasses.asdict(rule), "rules": ()}
+        pattern = fields.pop("pattern")
+        try:
+            return dataclasses.replace(
+                self, **{name: value for name, value in fields.items() if value != INHERIT}
+            )
+        except ValueError as error:
+            raise ValueError(f"`rules`: at {pattern!r}, {error}") from None

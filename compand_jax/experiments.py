@@ -19,9 +19,9 @@ from compand_jax.run_directory import read_config as read_config
 from compand_jax.stages import (
     Stage,
     count_correct,
+    finished,
     fit_config,
     make_stage,
-    resume,
     start_or_resume,
     state_bytes,
 )
@@ -46,16 +46,25 @@ def run(config: RunConfig, *, progress: bool = True) -> str:
     check_devices(config.batch_size, jax.device_count())
     methods = [method for method in METHODS if method in config.methods]
     stages = [make_stage(config, data, name) for name in (FULL_PRECISION, *methods)]
-    # Two checkpoints are kept while the next is written.
-    needed = 3 * len(stages) * state_bytes(config, data, FULL_PRECISION)
+    # Two checkpoints are kept while the next is written. This looks at every stage's layers, too:
+    # a rule that matches none is an error before the first stage is trained.
+    needed = 3 * sum(state_bytes(config, data, stage) for stage in stages)
     open_run_dir(config, needed)
-    for stage in stages:
-        _run_stage(config, data, stage, progress)
-    return write_reports(config.run_dir, config.record_dir)
+    try:
+        for stage in stages:
+            _run_stage(config, data, stage, progress)
+        return write_reports(config.run_dir, config.record_dir)
+    except OSError as error:
+        if error.errno is None:  # says what to do
+            raise
+        raise OSError(
+            f"`run_dir` must stay writable, got {config.run_dir} ({error}): free some space and "
+            "give the same command again, which goes on where this stopped"
+        ) from error
 
 
 def evaluate_stage(config: RunConfig, data: ImageData, name: str) -> tuple[int, int]:
-    """Returns how many test images a stage's newest checkpoint gets right, and of how many.
+    """Returns how many test images a stage's last checkpoint gets right, and of how many.
 
     Args:
       config: the run's, as `read_config` gives it.
@@ -63,17 +72,10 @@ def evaluate_stage(config: RunConfig, data: ImageData, name: str) -> tuple[int, 
       name: of a finished stage.
 
     Raises:
-      FileNotFoundError: if there is no sound checkpoint.
+      FileNotFoundError: if there is no sound checkpoint of its last step.
       ValueError: if the checkpoint is one of another model.
     """
-    with Checkpoints(config.run_dir / name / "checkpoints") as checkpoints:
-        found = resume(config, data, make_stage(config, data, name), checkpoints)
-    if found is None:
-        raise FileNotFoundError(
-            f"`run_dir` must have a sound checkpoint in {checkpoints.directory}, got none: "
-            "run scripts/train.py again"
-        )
-    stage, state, _ = found
+    stage, state = finished(config, data, name)
     correct = count_correct(config, data, stage.model, state.variables)
     return correct, len(data.test_labels)
 

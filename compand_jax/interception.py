@@ -20,7 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import Scope
 from flax.core.tracers import current_trace
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 
@@ -75,17 +77,31 @@ def _floating(x: Array | None) -> Array:
 
 
 @contextlib.contextmanager
-def intercept_layers(visitor: Visitor) -> Iterator[None]:
+def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
     """Shows every layer that runs inside this context, in this thread, to the visitor.
 
     Enter it inside the function that is jitted, around `init` or `apply`: an outer `jax.jit` does
     not see an interceptor entered outside of it. Nothing is left behind, also after an exception.
+
+    Yields:
+      The model to call `init` or `apply` of: what `nn.jit` traced outside of this context is not
+      used in it, nor the reverse.
     """
     token = next(_tokens)
 
+    def clone(**kwargs: Any) -> nn.Module:
+        if isinstance(scope := kwargs.get("parent"), Scope):
+            _trace_afresh(scope, token)
+        return model.clone(**kwargs)
+
+    # Both bind a clone to the scope that they make, which is before any other scope is made.
+    bound_afresh = model.clone()
+    object.__setattr__(bound_afresh, "clone", clone)
+
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        _trace_afresh(module, token)
+        if module.scope is not None:
+            _trace_afresh(module.scope, token)
         promote = getattr(module, "promote_dtype", None)
         # A subclass that calls super().__call__ comes by twice, and so does a lifted layer.
         if promote is None or isinstance(promote, _Promotion) or context.method_name == "setup":
@@ -102,17 +118,16 @@ def intercept_layers(visitor: Visitor) -> Iterator[None]:
         return visitor.output(layer, output) if promotion.saw_activation else output
 
     with nn.intercept_methods(interceptor):
-        yield
+        yield bound_afresh
 
 
 _tokens = itertools.count()
 
 
-def _trace_afresh(module: nn.Module, token: int) -> None:
+def _trace_afresh(scope: Scope, token: int) -> None:
     # nn.jit keeps its traces from call to call, and a trace made without this interceptor would
     # skip it, one made with it would leak it. Its key has the scope's flags in it.
-    scope = module.scope
-    if scope is not None and scope.flags.get("compand_jax") != token:
+    if scope.flags.get("compand_jax") != token:
         scope.flags = scope.flags.copy({"compand_jax": token})
 
 
@@ -157,6 +172,7 @@ class Observer:
         self._at_output = at_output
         self._trace = current_trace()
         self.layers: dict[str, Layer] = {}
+        self.weight_shapes: dict[str, tuple[int, ...]] = {}
         self.activations: set[str] = set()
         self.last_site: str | None = None
         self.traced: dict[str, dict[str, list]] = {"activation": {}, "weight": {}}
@@ -167,6 +183,7 @@ class Observer:
     ) -> tuple[Array | None, Array]:
         """Records the layer, its weight and, unless it is taken at the output, its input."""
         self.layers.setdefault(layer.site, layer)
+        self.weight_shapes.setdefault(layer.site, weight.shape)
         self.last_site = layer.site
         self._record("weight", layer.site, weight)
         if activation is not None and not self._at_output:
@@ -191,7 +208,10 @@ class Observer:
             return
         value = function(x)
         if current_trace() == self._trace:
-            self.traced[what].setdefault(site, []).append(value)
+            values = self.traced[what].setdefault(site, [])
+            if what == "weight":  # the same in every call, but that WeightNorm's init has a raw one
+                values.clear()
+            values.append(value)
             return
         values = self.called_back[what].setdefault(site, [])
         jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
@@ -202,11 +222,15 @@ def layers_run(
 ) -> set[str]:
     """Returns the sites of the layers that `model.apply` runs with these arguments.
 
-    It is found by an abstract evaluation, so that nothing is computed, and remembered.
+    It is found by an abstract evaluation, so that nothing is computed, and remembered. Every
+    function that the model jits is traced afresh for it, whatever was cached.
     """
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
     signature = tuple(
-        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x for x in leaves
+        jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+        if isinstance(x, (jax.Array, np.ndarray, np.generic))
+        else x
+        for x in leaves
     )
     mutable = tuple(mutable) if isinstance(mutable, list) else mutable
     try:
@@ -226,8 +250,9 @@ def _layers_run(model: nn.Module, structure: Any, signature: tuple, mutable: Any
             next(values) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in signature
         ]
         variables, args, kwargs = jax.tree.unflatten(structure, leaves)
-        with intercept_layers(observer):
-            return model.apply(variables, *args, mutable=mutable, **kwargs)
+        with intercept_layers(model, observer) as intercepted:
+            return intercepted.apply(variables, *args, mutable=mutable, **kwargs)
 
-    jax.eval_shape(call, arrays)
+    with set_xla_metadata(compand_jax=str(next(_tokens))):  # it is in the key of jit's caches
+        jax.eval_shape(call, arrays)
     return set(observer.layers)

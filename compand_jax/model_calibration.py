@@ -1,5 +1,6 @@
 """Running a model over batches, for what calibration needs to know of it."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,7 +46,8 @@ class Observations:
                 seen = self.activations.get(site)
                 self.activations[site] = value if seen is None else merge_histograms(seen, value)
         for site, values in traced["weight"].items():
-            self.weights.setdefault(site, values)
+            if site not in self.weights:  # the same in every batch
+                self.weights[site] = [np.asarray(value) for value in values]
 
 
 def observe(
@@ -63,20 +65,16 @@ def observe(
     """
     seen = Observations()
 
-    def run(variables: Mapping, args: tuple, with_weights: bool) -> dict:
-        observer = Observer(
-            activation=histogram,
-            weight=(lambda weight: weight) if with_weights else None,
-            at_output=at_output,
-        )
+    def run(variables: Mapping, args: tuple) -> dict:
+        observer = Observer(activation=histogram, weight=lambda w: w, at_output=at_output)
         seen.observers.append(observer)
-        with intercept_layers(observer):
-            model.apply(variables, *args, **model_kwargs)
+        with intercept_layers(model, observer) as intercepted:
+            intercepted.apply(variables, *args, **model_kwargs)
         return observer.traced
 
-    jitted = jax.jit(run, static_argnums=2)
-    for index, batch in enumerate(batches):
-        traced = jax.device_get(jitted(variables, as_arguments(batch), index == 0))
+    jitted = jax.jit(run)
+    for batch in batches:
+        traced = jitted(variables, as_arguments(batch))
         jax.effects_barrier()
         seen.add(traced)
     if not seen.observers:
@@ -141,39 +139,53 @@ def _sample(sites: Mapping[str, Site], seen: Observations, name: str, operand: s
 def estimate_batch_stats(
     apply: Callable, variables: Mapping[str, Any], batches: Iterable, model_kwargs: Mapping
 ) -> Any:
-    """Returns `batch_stats` as the mean over the batches of what the batch norms see.
+    """Returns `batch_stats` with, for the batch norms, the mean over the batches of what they see.
 
-    A batch norm moves its statistics by s <- m s + (1 - m) b. From s = 0 and from s = 1 that
-    gives m and the batch's own b, whatever the momentum m; all else runs as in evaluation.
+    All else runs as in evaluation.
     """
 
     @jax.jit
-    def step(variables: Mapping, args: tuple, start: Any) -> Any:
-        with nn.intercept_methods(_train_batch_norms):
-            _, updates = apply(
-                {**variables, "batch_stats": start}, *args, mutable=["batch_stats"], **model_kwargs
-            )
+    def step(variables: Mapping, args: tuple) -> Any:
+        with nn.intercept_methods(_batch_norms_of_this_batch()):
+            _, updates = apply(variables, *args, mutable=["batch_stats"], **model_kwargs)
         return updates["batch_stats"]
 
-    zeros = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
-    total, count, one_minus_momentum = zeros, 0, None
+    total, count = None, 0
     for batch in batches:
-        args = as_arguments(batch)
-        moved = step(variables, args, zeros)
-        if one_minus_momentum is None:
-            from_ones = step(variables, args, jax.tree.map(jnp.ones_like, zeros))
-            one_minus_momentum = jax.tree.map(lambda a, b: 1 - (b - a), moved, from_ones)
-        total, count = jax.tree.map(jnp.add, total, moved), count + 1
-    return jax.tree.map(lambda a, keep: a / (keep * count), total, one_minus_momentum)
+        seen = step(variables, as_arguments(batch))
+        total = seen if total is None else jax.tree.map(jnp.add, total, seen)
+        count += 1
+    return jax.tree.map(lambda sum_: sum_ / count, total)
 
 
-def _train_batch_norms(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    module = context.module
-    if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
-        return next_fun(*args, **kwargs)
-    stored = module.use_running_average
-    object.__setattr__(module, "use_running_average", None)
-    try:
-        return next_fun(args[0], **{**kwargs, "use_running_average": False})
-    finally:
-        object.__setattr__(module, "use_running_average", stored)
+def _batch_norms_of_this_batch() -> Callable:
+    """Returns an interceptor with which batch norms forget all statistics but this batch's.
+
+    They move theirs by s <- m s + (1 - m) b, here with m = (k - 1)/k in the k-th call of a batch
+    norm, so that s is the mean over its calls.
+    """
+    calls: collections.Counter = collections.Counter()
+    running: set = set()
+
+    def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        module = context.module
+        # A lifted batch norm comes by twice, outside and inside of its transformation.
+        if (
+            not isinstance(module, nn.BatchNorm)
+            or context.method_name != "__call__"
+            or module.path in running
+        ):
+            return next_fun(*args, **kwargs)
+        calls[module.path] += 1
+        stored = {name: getattr(module, name) for name in ("use_running_average", "momentum")}
+        object.__setattr__(module, "use_running_average", None)
+        object.__setattr__(module, "momentum", 1 - 1 / calls[module.path])
+        running.add(module.path)
+        try:
+            return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
+        finally:
+            running.remove(module.path)
+            for name, value in stored.items():
+                object.__setattr__(module, name, value)
+
+    return interceptor

@@ -19,6 +19,7 @@ def plot_run(logs: Mapping[str, Sequence[dict]], path: str | Path) -> None:
       logs: by stage, the rows of its metrics.jsonl.
       path: of the picture to write; its suffix gives the format.
     """
+    logs = {stage: rows for stage, rows in logs.items() if rows}
     curves = {stage: mu_curves(rows) for stage, rows in logs.items()}
     with_mu = [stage for stage, found in curves.items() if found]
     finetuned = {stage: rows for stage, rows in logs.items() if stage != FULL_PRECISION}
@@ -62,9 +63,11 @@ def _shared_label(labels: list[str]) -> str:
     if len(labels) == 1:
         return labels[0]
     kinds = {label.rpartition(" ")[2] for label in labels}
-    return "all" if len(kinds) > 1 else {"weight": "all weights", "act": "all activations"}[
-        kinds.pop()
-    ]
+    return (
+        "all"
+        if len(kinds) > 1
+        else {"weight": "all weights", "act": "all activations"}[kinds.pop()]
+    )
 
 
 def _plot_metric(axis, logs: Mapping[str, Sequence[dict]], name: str, label: str) -> None:

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
+from flax.core.scope import in_filter
 from jaxtyping import Array
 
 from compand_jax import parametrization as par
@@ -19,7 +20,13 @@ from compand_jax.config import QuantConfig, require_choice
 from compand_jax.interception import Layer, Observer, intercept_layers, layers_run
 from compand_jax.model_calibration import estimate_batch_stats, fit_parameters, observe
 from compand_jax.quantizers import fake_quantize
-from compand_jax.sites import Site, check_rules, site_from_config, sites_from_observers
+from compand_jax.sites import (
+    Site,
+    check_rules,
+    check_signs,
+    site_from_config,
+    sites_from_observers,
+)
 from compand_jax.summary import site_weight, summarize
 
 
@@ -63,7 +70,7 @@ class QuantizedModel:
 
     model: nn.Module
     config: QuantConfig
-    sites: FrozenDict | None = None
+    sites: Mapping[str, Site] | None = None
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the model's own variables, and "compand": mu_init and largest magnitudes.
@@ -78,8 +85,8 @@ class QuantizedModel:
         observer = Observer(
             activation=_absmax, weight=lambda x: x, at_output=self.config.act_site == "output"
         )
-        with intercept_layers(observer):
-            variables = self.model.init(rngs, *args, **kwargs)
+        with intercept_layers(self.model, observer) as model:
+            variables = model.init(rngs, *args, **kwargs)
         jax.effects_barrier()
         compand: dict = {}
         for name, site in sites_from_observers(self.config, [observer]).items():
@@ -87,10 +94,10 @@ class QuantizedModel:
                 if operand == "act":
                     absmax = observer.values("activation", name) or [jnp.ones(())]
                 else:
-                    weights = observer.values("weight", name)
-                    if not weights and (own := site_weight(variables["params"], name)) is not None:
-                        weights = [own]
-                    absmax = [_absmax(weight, site.scale_axes) for weight in weights or [jnp.ones(())]]
+                    shape = observer.weight_shapes[name]
+                    own = site_weight(dict(variables).get("params", {}), name)
+                    weights = observer.values("weight", name) or [_unstacked(own, shape)]
+                    absmax = [_absmax(jnp.asarray(w), site.scale_axes) for w in weights]
                 scale = functools.reduce(jnp.maximum, absmax)
                 scale = jnp.where(scale > 0, scale, 1)
                 par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
@@ -106,7 +113,7 @@ class QuantizedModel:
         Args:
           variables: The model's collections and "compand", as `init` returns them.
           *args: As the Linen module's `apply`.
-          mutable: As the Linen module's `apply`; "compand" never changes here.
+          mutable: As the Linen module's `apply`; "compand" comes back as it was.
           **kwargs: As the Linen module's `apply` (`rngs`, `method`, ...).
 
         Gradient: straight-through, as `fake_quantize`, in "params" and "compand".
@@ -115,22 +122,23 @@ class QuantizedModel:
           ValueError: "compand" is missing or of another config; or a layer that the model runs
             was not reached, and so not quantized.
         """
-        if "compand" not in variables:
-            raise ValueError(
-                f"`variables` must hold the collection 'compand', got {sorted(variables)}: "
-                "make it with this model's init or calibrate"
-            )
+        compand = _compand(variables)
         if self.sites is None:
-            _warn_uncalibrated(self)
+            try:
+                _warn_uncalibrated(self)
+            except TypeError:  # a field of the model cannot be hashed
+                _warn_uncalibrated(repr(self))
         rest = {name: value for name, value in variables.items() if name != "compand"}
-        visitor = _Quantizer(self, variables["compand"])
-        with intercept_layers(visitor):
-            outputs = self.model.apply(rest, *args, mutable=mutable, **kwargs)
+        visitor = _Quantizer(self, compand)
+        with intercept_layers(self.model, visitor) as model:
+            outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
         if missed := layers_run(self.model, rest, args, mutable, kwargs) - visitor.visited:
             raise ValueError(
                 f"site {', '.join(map(repr, sorted(missed)))} runs but was not quantized: a trace "
                 "of it that was made outside of this call was used; call it without its own jit"
             )
+        if mutable is not False and in_filter(mutable, "compand"):
+            outputs = (outputs[0], {**outputs[1], "compand": compand})
         return outputs
 
     def calibrate(
@@ -152,12 +160,14 @@ class QuantizedModel:
           batches: Iterable of batches, a batch being the model's argument or a tuple of them.
           calibration: "mse" (mu and scale of the least squared error) or "absmax" (scale the
             largest magnitude, mu of the least squared error at it).
-          batch_stats: Whether to estimate the batch norms' statistics anew afterwards, under
-            quantization, as the mean over the batches. The batches are then kept in memory.
+          batch_stats: Whether to estimate the batch norms' statistics, where there are any, anew
+            afterwards, under quantization, as the mean over the batches. The batches are then
+            kept in memory.
           **model_kwargs: Further arguments of the model's `apply`, such as `train=False`.
 
         Raises:
-          ValueError: there are no batches, a weight is not finite, or a rule matches no site.
+          ValueError: there are no batches, a weight is not finite, a rule matches no site, or
+            activations of one bit have a sign.
         """
         require_choice("calibration", calibration, CALIBRATIONS)
         rest = {name: value for name, value in variables.items() if name != "compand"}
@@ -169,10 +179,11 @@ class QuantizedModel:
         if self.config.act_signed is None:
             for name, data in seen.activations.items():
                 sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
+        check_signs(sites)
         qmodel = dataclasses.replace(self, sites=FrozenDict(sites))
         compand = fit_parameters(self.config, sites, seen, calibration)
         result = {**rest, "compand": compand}
-        if batch_stats:
+        if batch_stats and "batch_stats" in rest:
             result["batch_stats"] = estimate_batch_stats(
                 qmodel.apply, result, batches, model_kwargs
             )
@@ -184,15 +195,13 @@ class QuantizedModel:
         mu is without unit, 0 where the quantizer is uniform; a scale is in the units of what it
         clips. Operands in full precision are absent.
         """
-        compand = variables["compand"]
+        compand = _compand(variables)
         found: dict[str, dict[str, Array]] = {}
         for site, operand in par.quantized_operands(compand):
             parameters = par.read_parameters(compand, site, operand, self.config)
             assert parameters is not None
             mu, scale = parameters
-            found.setdefault(site, {}).update(
-                {f"{operand}_mu": mu, f"{operand}_scale": scale}
-            )
+            found.setdefault(site, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})
         return found
 
     def summary(self, variables: Mapping[str, Any]) -> str:
@@ -213,8 +222,17 @@ class QuantizedModel:
         return site_from_config(self.config, name)
 
 
+def _compand(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "compand" not in variables:
+        raise ValueError(
+            f"`variables` must hold the collection 'compand', got {sorted(variables)}: "
+            "make it with this model's init or calibrate"
+        )
+    return variables["compand"]
+
+
 @functools.lru_cache(maxsize=1024)
-def _warn_uncalibrated(qmodel: QuantizedModel) -> None:
+def _warn_uncalibrated(qmodel: QuantizedModel | str) -> None:
     warnings.warn(
         "the quantized model is not calibrated: mu and scale are what init set, and activations "
         "are taken to be signed; call calibrate, or pass `sites` to quantize_model",
@@ -258,14 +276,25 @@ class _Quantizer:
         spec = site.spec(operand)
         if config.scale_gradient == "lsq":
             scale = _scale_gradient(scale, 1 / math.sqrt(x.size * spec.steps))
-        return fake_quantize(
-            x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid
-        )
+        return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
 
 
 def _scale_gradient(x: Array, factor: float) -> Array:
     """Returns x; its gradient is multiplied by the factor."""
     return jax.lax.stop_gradient(x * (1 - factor)) + x * factor
+
+
+def _unstacked(own: Array | None, shape: tuple[int, ...]) -> Array:
+    """Returns a weight's maximum over the axes that vmap or scan stacked in front of its shape.
+
+    What lies in `params` in another form is taken as one number, and 1 where there is nothing.
+    """
+    if own is None:
+        return jnp.ones(shape)
+    magnitude, extra = jnp.abs(own), own.ndim - len(shape)
+    if own.shape[max(extra, 0) :] == shape:
+        return jnp.max(magnitude, tuple(range(extra)))
+    return jnp.full(shape, jnp.max(magnitude, initial=0.0))
 
 
 def _absmax(x: Array, kept_axes: tuple[int, ...] = ()) -> Array:

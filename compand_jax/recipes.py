@@ -235,6 +235,13 @@ def from_json(stored: dict) -> RunConfig:
     return RunConfig(**fields)
 
 
+def unknown_fields(stored: dict) -> list[str]:
+    """Returns the names in a stored configuration that are no field of `RunConfig`, sorted."""
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    quant = stored.get("quant", {}).keys() - {f.name for f in dataclasses.fields(QuantConfig)}
+    return sorted([*(stored.keys() - known), *(f"quant.{name}" for name in quant)])
+
+
 def differences(stored: dict, config: RunConfig, *, finetune: bool = True) -> list[str]:
     """Returns "name is x there, y here" of every field that can change a result.
 

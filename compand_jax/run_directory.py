@@ -4,6 +4,7 @@ It holds `config.json` and a directory for each stage, with `metrics.jsonl` (a r
 call), `checkpoints/` (the newest two) and, once the stage is finished, `result.json`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -17,7 +18,15 @@ from typing import Any
 
 import jax
 
-from compand_jax.recipes import FULL_PRECISION, METHODS, RunConfig, differences, from_json, to_json
+from compand_jax.recipes import (
+    FULL_PRECISION,
+    METHODS,
+    RunConfig,
+    differences,
+    from_json,
+    to_json,
+    unknown_fields,
+)
 
 _PACKAGES = ("compand-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
@@ -38,7 +47,7 @@ def open_run_dir(config: RunConfig, needed: int) -> None:
     run_dir, path = config.run_dir, config.run_dir / "config.json"
     methods = config.methods
     if path.is_file():
-        stored = json.loads(path.read_text())
+        stored = _read_stored(path)
         rows = differences(stored, config, finetune=bool(_begun(run_dir)))
         if rows:
             raise ValueError(
@@ -51,22 +60,28 @@ def open_run_dir(config: RunConfig, needed: int) -> None:
             f"`run_dir` must be new, empty or a run's directory, got {run_dir} with other files: "
             "choose another directory"
         )
-    _check_writable("run_dir", run_dir, needed)
+    directories = {"run_dir": (run_dir, needed)}
     if config.record_dir is not None:
-        _check_writable("record_dir", config.record_dir, 0)
+        directories["record_dir"] = (config.record_dir, 0)
+    _make_writable(directories)
     methods = tuple(method for method in METHODS if method in methods)
     write_json(path, to_json(dataclasses.replace(config, methods=methods)))
 
 
 def read_config(run_dir: str | Path) -> RunConfig:
-    """Returns the configuration of a run directory; FileNotFoundError if it is none."""
+    """Returns the configuration of a run directory.
+
+    Raises:
+      FileNotFoundError: if it is none.
+      ValueError: if its configuration cannot be read.
+    """
     path = Path(run_dir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"`run_dir` must be a run's directory, with config.json in it, got {run_dir}: "
             "give the directory that scripts/train.py wrote"
         )
-    return dataclasses.replace(from_json(json.loads(path.read_text())), run_dir=Path(run_dir))
+    return dataclasses.replace(from_json(_read_stored(path)), run_dir=Path(run_dir))
 
 
 def finished_stages(run_dir: str | Path) -> list[str]:
@@ -89,8 +104,12 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text so that the file is either complete or as it was before."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def provenance() -> dict:
@@ -99,7 +118,7 @@ def provenance() -> dict:
     kind = devices[0].device_kind
     return {
         "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        | {name: _version(name) for name in _PACKAGES},
         "devices": f"{len(devices)} x {_cpu_model() if kind == 'cpu' else kind}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -109,7 +128,38 @@ def _begun(run_dir: Path) -> list[str]:
     return [method for method in METHODS if (run_dir / method).is_dir()]
 
 
-def _check_writable(name: str, directory: Path, needed: int) -> None:
+def _read_stored(path: Path) -> dict:
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"`run_dir` must hold a configuration, got {path}, which is no JSON ({error}): "
+            "choose another directory"
+        ) from error
+    if not isinstance(stored, dict) or (unknown := unknown_fields(stored)):
+        what = f"the unknown fields {', '.join(unknown)}" if isinstance(stored, dict) else "none"
+        raise ValueError(
+            f"`run_dir` must hold this version's configuration, got {path} with {what}: "
+            "choose another directory"
+        )
+    return stored
+
+
+def _make_writable(directories: dict[str, tuple[Path, int]]) -> None:
+    """Makes the directories; OSError, with nothing made, if one cannot be written or is full."""
+    paths = [path for path, _ in directories.values() for path in (path, *path.parents)]
+    made = sorted({path for path in paths if not path.exists()}, reverse=True)
+    try:
+        for name, (directory, needed) in directories.items():
+            _try_to_write(name, directory, needed)
+    except OSError:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _try_to_write(name: str, directory: Path, needed: int) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as file:
@@ -123,9 +173,16 @@ def _check_writable(name: str, directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"`{name}` must have {needed / 1e6:.0f} MB free for its checkpoints, got {directory} "
-            f"with {free / 1e6:.0f} MB: choose another, or free some space"
+            f"`{name}` must have {needed / 1e6:.1f} MB free for its checkpoints, got {directory} "
+            f"with {free / 1e6:.1f} MB: choose another, or free some space"
         )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # imported from where it lies
+        return "not installed"
 
 
 def _cpu_model() -> str:

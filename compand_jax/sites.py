@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from compand_jax.codebooks import Spec, check_spec
 from compand_jax.config import QuantConfig
 from compand_jax.interception import Observer
-from compand_jax.codebooks import Spec, check_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,6 @@ class Site:
     scale_axes: tuple[int, ...] = ()
     act_signed: bool = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale_axes", tuple(self.scale_axes))  # JSON has lists only
-
     def operands(self) -> tuple[str, ...]:
         """Returns which of "weight" and "act" are quantized."""
         bits = {"weight": self.weight_bits, "act": self.act_bits}
@@ -49,6 +46,11 @@ class Site:
         """
         if operand == "weight":
             return check_spec(self.weight_bits, True, self.grid)
+        if self.act_bits == 1 and self.act_signed:
+            raise ValueError(
+                "`act_bits` must be at least 2 for activations that have a sign, got 1: calibrate "
+                "a model whose activations have none, or set act_signed=False"
+            )
         return check_spec(self.act_bits, self.act_signed)
 
     def scale_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,6 +114,16 @@ def check_rules(config: QuantConfig, sites: Iterable[str]) -> None:
             )
 
 
+def check_signs(sites: Mapping[str, Site]) -> None:
+    """Raises ValueError, naming the site, where activations of one bit have a sign."""
+    for name, site in sites.items():
+        if site.act_bits is not None:
+            try:
+                site.spec("act")
+            except ValueError as error:
+                raise ValueError(f"site {name!r}: {error}") from None
+
+
 def sites_to_json(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
     """Returns sites as what JSON can hold; `sites_from_json` is the inverse."""
     return {name: dataclasses.asdict(site) for name, site in sites.items()}
@@ -119,4 +131,7 @@ def sites_to_json(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
 
 def sites_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Site]:
     """Returns the sites that `sites_to_json` wrote."""
-    return {name: Site(**fields) for name, fields in data.items()}
+    return {
+        name: Site(**{**fields, "scale_axes": tuple(fields["scale_axes"])})  # JSON has lists only
+        for name, fields in data.items()
+    }

@@ -92,7 +92,7 @@ def start_or_resume(
 
     Raises:
       ValueError: if the checkpoint is one of another model.
-      FileNotFoundError: if full precision has no sound checkpoint.
+      FileNotFoundError: if the end of full precision has no sound checkpoint.
     """
     found = resume(config, data, stage, checkpoints)
     if found is not None:
@@ -101,7 +101,7 @@ def start_or_resume(
     if stage.name == FULL_PRECISION:
         state = jax.jit(lambda: _initial_state(config, data, stage, first_key))()
         return stage, state, {}
-    variables = _parent_variables(config, data)
+    variables = finished(config, data, FULL_PRECISION)[1].variables
     if stage.quantized is None:
         return stage, create_state(variables, stage.tx, finetune_key), {}
     batches = calibration_batches(config, data, jax.random.fold_in(finetune_key, 2))
@@ -164,24 +164,33 @@ def count_correct(config: RunConfig, data: ImageData, model: Any, variables: Map
     )
 
 
-def state_bytes(config: RunConfig, data: ImageData, name: str) -> int:
-    """Returns the size of a stage's state."""
-    stage, key = make_stage(config, data, name), _keys(config)[1]
+def state_bytes(config: RunConfig, data: ImageData, stage: Stage) -> int:
+    """Returns the size of a stage's state; ValueError if a rule matches none of its layers."""
+    key = _keys(config)[1]
     state = jax.eval_shape(lambda: _initial_state(config, data, stage, key))
     leaves = jax.tree.leaves((state.params, state.model_state, state.opt_state))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _parent_variables(config: RunConfig, data: ImageData) -> dict:
-    parent = make_stage(config, data, FULL_PRECISION)
-    with Checkpoints(config.run_dir / FULL_PRECISION / "checkpoints") as checkpoints:
-        found = resume(config, data, parent, checkpoints)
-    if found is None:
+def finished(config: RunConfig, data: ImageData, name: str) -> tuple[Stage, TrainState]:
+    """Returns a finished stage, calibrated where it is quantized, and its last state.
+
+    Raises:
+      FileNotFoundError: if there is no sound checkpoint of its last step.
+      ValueError: if the checkpoint is one of another model.
+    """
+    stage, directory = make_stage(config, data, name), config.run_dir / name
+    last = stage.fit.epochs * stage.fit.steps_per_epoch(len(data.train_labels))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        found = resume(config, data, stage, checkpoints)
+    if found is None or int(found[1].step) != last:
+        got = "none" if found is None else f"one of step {int(found[1].step)}"
         raise FileNotFoundError(
-            f"`run_dir` must have a sound checkpoint in {checkpoints.directory}, got none: "
-            f"delete {config.run_dir / FULL_PRECISION}, or choose another directory"
+            f"`run_dir` must have a sound checkpoint of step {last} in {checkpoints.directory}, "
+            f"got {got}: delete {directory / 'result.json'} and run scripts/train.py again, "
+            "which repeats what is missing"
         )
-    return found[1].variables
+    return found[0], found[1]
 
 
 def _initial_state(config: RunConfig, data: ImageData, stage: Stage, key: jax.Array) -> TrainState:

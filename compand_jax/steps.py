@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from compand_jax.data import normalize
 TRAINABLE = ("params", "compand")
 """The collections that are trained, where a model has them."""
 
-Model = Any
+Model: TypeAlias = Any
 """A Linen module, or anything with its `apply` that can be hashed."""
 
 

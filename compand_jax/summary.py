@@ -6,9 +6,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from compand_jax import parametrization as par
-from compand_jax.quantizers import fake_quantize
+from compand_jax.quantizers import Spec, fake_quantize
 from compand_jax.sites import Site
 
 _HEADER = (
@@ -46,13 +47,9 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
     if "weight_scale" in found:
         mu, scale = found["weight_mu"], found["weight_scale"]
         weight[:3] = str(site.weight_bits), f"{mu:.3g}", _range(scale)
-        if kernel is not None and np.ndim(scale) in (0, np.ndim(kernel)):
-            spec = site.spec("weight")
-            quantized = fake_quantize(kernel, mu, scale, bits=spec.bits, grid=spec.grid)
-            noise = float(((kernel - quantized) ** 2).sum())
-            power = float((kernel**2).sum())
-            weight[3] = f"{10 * np.log10(power / noise):.1f}" if noise and power else "inf"
-            weight[4] = str(-(-kernel.size * spec.bits // 8))
+        if kernel is not None:
+            weight[3] = _sqnr(kernel, mu, scale, site.spec("weight"))
+            weight[4] = str(-(-kernel.size * site.weight_bits // 8))
     if kernel is not None:
         weight[5] = str(4 * kernel.size)
     if "act_scale" in found:
@@ -63,6 +60,17 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
     return (name or "(model)", *weight, *act)
 
 
+def _sqnr(kernel: Array, mu: Array, scale: Array, spec: Spec) -> str:
+    if scale.ndim:  # one of a stack's layers has fewer axes than the stack
+        scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)
+        if any(n not in (1, size) for n, size in zip(scale.shape, kernel.shape, strict=True)):
+            return "-"
+    quantized = fake_quantize(kernel, mu, scale, bits=spec.bits, grid=spec.grid)
+    exact, quantized = np.asarray(kernel, np.float64), np.asarray(quantized, np.float64)
+    noise, power = np.sum((exact - quantized) ** 2), np.sum(exact**2)
+    return f"{10 * np.log10(power / noise):.1f}" if noise and power else "inf"
+
+
 def _range(values: Any) -> str:
     low, high = float(np.min(values)), float(np.max(values))
     return f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
@@ -71,7 +79,9 @@ def _range(values: Any) -> str:
 def _align(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width)
-                  for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )

@@ -67,7 +67,7 @@ class FitConfig:
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Returns a mesh with the axis "data" over the devices, by default all of them."""
     devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def make_chunk(
@@ -82,7 +82,7 @@ def make_chunk(
 
     It returns the state some steps later and, over these steps, `loss` (sum of the means),
     `correct` (sum), `bad_step` (first step whose loss is not finite, or -1), `finite` (whether
-    all parameters are).
+    all parameters and statistics are).
     """
     n = len(data.train_labels)
     per_epoch, length = config.steps_per_epoch(n), config.steps_a_call(n)
@@ -105,7 +105,7 @@ def make_chunk(
 
         sums = {"loss": jnp.float32(0), "correct": jnp.int32(0), "bad_step": jnp.int32(-1)}
         (state, sums), _ = jax.lax.scan(body, (state, sums), length=length, unroll=unroll)
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables)]
         return state, {**sums, "finite": jnp.stack(finite).all()}
 
     return chunk
@@ -197,8 +197,7 @@ def fit(
             step += length
             _check_finite(sums, step, checkpoints)
             row = {"step": step, "epoch": round(step / per_epoch, 4)}
-            row["loss"] = float(sums["loss"]) / length
-            row["accuracy"] = 100 * int(sums["correct"]) / (length * config.batch_size)
+            row |= _measured(sums, config, length)
             row["seconds"] = round(time.perf_counter() - began, 4)
             if log is not None:
                 append_log(log, row | jax.tree.map(lambda x: np.asarray(x).tolist(), described))
@@ -208,6 +207,13 @@ def fit(
             if checkpoints is not None and due:
                 checkpoints.save(step, state, metadata)
     return state
+
+
+def _measured(sums: dict, config: FitConfig, length: int) -> dict[str, float]:
+    return {
+        "loss": float(sums["loss"]) / length,
+        "accuracy": 100 * int(sums["correct"]) / (length * config.batch_size),
+    }
 
 
 def check_devices(batch_size: int, devices: int) -> None:

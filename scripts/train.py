@@ -1,6 +1,7 @@
 """Trains a network in full precision, then fine-tunes it quantized by each method.
 
-Usage: train.py [PRESET] [--field value ...]; without a preset, digits.
+Usage: train.py [PRESET] [--field value ...]; without a preset, digits. Exceptions for single
+layers are JSON: --quant.rules '{"pattern": "conv1|dense", "weight_bits": 8, "act_bits": null}'.
 """
 
 import sys

@@ -1,0 +1,136 @@
+"""Models whose traces are kept from call to call: quantized all the same, and no leak."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import drawn, normal, pull_back
+
+import compand_jax as cj
+from compand_jax import interception
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the quantized model is not calibrated"  # its mu and scales are drawn at random here
+)
+CONFIG = cj.QuantConfig(weight_bits=3, act_bits=3)
+X = normal(5, 4)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="second")(jnp.tanh(nn.Dense(6, name="first")(x)))
+
+
+class Decorated(nn.Module):
+    """The same, its own method jitted."""
+
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="second")(jnp.tanh(nn.Dense(6, name="first")(x)))
+
+
+JittedDense, JittedPlain = nn.jit(nn.Dense), nn.jit(Plain)
+
+
+class JittedLayer(nn.Module):
+    """The same, a layer's class jitted."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="second")(jnp.tanh(JittedDense(6, name="first")(x)))
+
+
+class JittedField(nn.Module):
+    """The same, in a jitted module that is handed in."""
+
+    inner: nn.Module
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+CACHED = {
+    "method": (Decorated(), ["first", "second"]),
+    "layer": (JittedLayer(), ["first", "second"]),
+    "class": (JittedPlain(), ["first", "second"]),
+    "field": (JittedField(JittedPlain()), ["inner/first", "inner/second"]),
+}
+EACH_CACHED = pytest.mark.parametrize("name", CACHED)
+
+
+def cached(name):
+    """Returns a model that nn.jit has traced in full precision, and its quantized model."""
+    model, sites = CACHED[name]
+    qmodel = cj.quantize_model(model, CONFIG)
+    variables = drawn(qmodel, X)
+    full_precision = model.apply({"params": variables["params"]}, X)
+    return model, qmodel, variables, full_precision, sites
+
+
+@EACH_CACHED
+def test_a_warmed_up_nn_jit_is_quantized_and_leaks_nothing(name):
+    model, qmodel, variables, full_precision, _ = cached(name)
+    plain, inner = cj.quantize_model(Plain(), CONFIG), dict(variables)
+    if name == "field":
+        inner = {key: tree["inner"] for key, tree in variables.items()}
+    expected, expected_gradients = pull_back(plain.apply, inner, X)
+
+    y, gradients = pull_back(qmodel.apply, variables, X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    for g, want in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
+        np.testing.assert_allclose(g, want, rtol=1e-4, atol=1e-5)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(gradients["compand"]))
+    for _ in range(2):
+        again = model.apply({"params": variables["params"]}, X)
+        np.testing.assert_array_equal(again, full_precision)
+        np.testing.assert_allclose(qmodel.apply(variables, X), expected, atol=1e-5)
+
+
+def test_a_trace_made_in_quantizing_is_not_the_full_precision_models():
+    # Of this shape nothing has been traced before.
+    model, x = JittedPlain(), normal(11, 4)
+    qmodel = cj.quantize_model(model, CONFIG)
+    variables = drawn(qmodel, x)
+    quantized = qmodel.apply(variables, x)
+    y = model.apply({"params": variables["params"]}, x)
+    np.testing.assert_array_equal(y, Plain().apply({"params": variables["params"]}, x))
+    assert np.any(y != quantized)
+    other = jax.tree.map(lambda leaf: leaf + 0.3, variables["compand"])
+    assert np.any(qmodel.apply({**variables, "compand": other}, x) != quantized)
+
+
+@EACH_CACHED
+def test_a_site_that_is_not_reached_raises(name, monkeypatch):
+    _, qmodel, variables, _, sites = cached(name)
+    interception._layers_run.cache_clear()
+    monkeypatch.setattr(interception, "_trace_afresh", lambda *_: None)
+    missed = sites[:1] if name == "layer" else sites
+    named = ", ".join(f"'{site}'" for site in missed)
+    with pytest.raises(ValueError, match=rf"site {named} runs but was not quantized: a trace of"):
+        qmodel.apply(variables, X)
+
+
+@jax.jit
+def _kept_by_jax(params, x):
+    return nn.Dense(6).apply({"params": params}, x)
+
+
+class KeptByJax(nn.Module):
+    """Applies a layer by itself, in a function whose trace outlives the call."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (4, 6))
+        y = _kept_by_jax({"kernel": kernel, "bias": jnp.zeros(6)}, x)
+        return nn.Dense(3, name="head")(y)
+
+
+def test_a_trace_that_jax_kept_is_refused():
+    x = normal(7, 4)
+    qmodel = cj.quantize_model(KeptByJax(), CONFIG)
+    variables = drawn(qmodel, x)  # traces the function under another visitor
+    with pytest.raises(ValueError, match="site '' runs but was not quantized"):
+        qmodel.apply(variables, x)
