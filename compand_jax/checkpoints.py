@@ -1,7 +1,8 @@
 """Checkpoints of any pytree of arrays, kept by orbax: saved whole, restored whole or not at all.
 
 A checkpoint holds the tree, its leaves' shapes and types, metadata of the caller's, and checksums
-of the tree and of every file. So a damaged one is told from a sound one, and one of another model from a damaged one.
+of the tree and of every file. So a damaged one is told from a sound one, and one of another model
+from a damaged one.
 """
 
 import json

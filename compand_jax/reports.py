@@ -92,7 +92,7 @@ def thin(rows: Sequence, most: int = _MOST_ROWS) -> list:
 
 def _row(result: dict) -> tuple[str, ...]:
     name, bits = result["stage"], (result["weight_bits"], result["act_bits"])
-    method = _LABELS.get(name, _LABELS.get(name.partition("-")[0], name))
+    method: str = _LABELS.get(name, _LABELS.get(name.partition("-")[0], name))
     is_reference = name == result.get("reference")
     return (
         method,

@@ -1,6 +1,5 @@
 """Small networks, with variables drawn without compiling `init`, and quantizing by hand."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any

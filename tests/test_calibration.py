@@ -126,7 +126,6 @@ def test_optima_of_known_sources(name, spec, mu, scale, mse):
     assert error == pytest.approx(mse, rel=4e-3)  # the sample has no tails beyond 1/800,000
 
 
-@pytest.mark.quick
 def test_absmax_keeps_the_largest_magnitude():
     x = source("laplacian")
     mu, (scale,), _ = fit_group([sample(x)], [FOUR], calibration="absmax")
@@ -136,7 +135,6 @@ def test_absmax_keeps_the_largest_magnitude():
     assert squared_error(x, mu, top, FOUR) <= 1.001 * best
 
 
-@pytest.mark.quick
 def test_tensors_that_share_a_mu():
     xs = [source(name, 2000) for name in ("gaussian", "laplacian", "student")]
     mu, scales, _ = fit_group([sample(x) for x in xs], [FOUR] * 3)
@@ -203,7 +201,6 @@ def test_a_histogram_counts_by_sign_and_magnitude():
     assert int(unsigned.counts.sum()) == 5
 
 
-@pytest.mark.quick
 def test_a_histogram_keeps_the_mean_of_each_bin():
     x = np.abs(source("student"))
     kept = calibration.sample_from_histogram(jax.device_get(histogram(jnp.asarray(x))), True)
@@ -232,7 +229,6 @@ def test_what_is_not_finite_is_not_counted():
     assert np.all(np.isfinite(seen.sums))
 
 
-@pytest.mark.quick
 def test_histograms_add_up():
     x = source("bimodal")
     parts = [jax.device_get(histogram(jnp.asarray(part))) for part in np.split(x, [300, 7000])]

@@ -93,7 +93,6 @@ def test_channels_and_uniform():
         np.testing.assert_allclose(found[site]["weight_scale"], top, rtol=1e-5)
 
 
-@pytest.mark.quick
 def test_one_pass_over_a_generator():
     taken = []
 
@@ -283,7 +282,6 @@ def test_a_weight_that_is_not_finite_names_its_site(value):
         quantized().calibrate(variables, [X])
 
 
-@pytest.mark.quick
 def test_all_zero_tensors_have_scale_one():
     variables = {"params": jax.tree.map(jnp.zeros_like, drawn(nn.Dense(3), X)["params"])}
     for calibration in ("mse", "absmax"):

@@ -44,7 +44,6 @@ def leaves(compand):
 # init
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("jitted", [False, True])
 def test_init_sets_scales_to_the_largest_magnitudes(jitted):
     qmodel = quantized()
@@ -182,7 +181,6 @@ def test_a_checkpoint_of_the_full_precision_model_loads_as_it_is():
     )
 
 
-@pytest.mark.quick
 def test_jitted_and_vmapped():
     qmodel = quantized()
     variables = drawn(qmodel, X)
