@@ -16,15 +16,9 @@ CONTROL = "full_precision_continued"
 METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
 DTYPES = ("float32", "bfloat16", "float16")
 CALIBRATIONS = ("mse", "absmax")
+DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir")
 # What changes no result but for rounding, so that a run may go on with another value.
-FREE_FIELDS = (
-    "methods",
-    "steps_per_call",
-    "checkpoint_every",
-    "data_dir",
-    "run_dir",
-    "record_dir",
-)
+FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", *DIRECTORY_FIELDS)
 # What only matters once a fine-tuning has begun.
 FINETUNE_FIELDS = (
     "finetune_epochs",

@@ -4,10 +4,11 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from compand_jax.metrics_log import read_log
 from compand_jax.plots import plot_run
-from compand_jax.recipes import CONTROL, FULL_PRECISION
+from compand_jax.recipes import CONTROL, DIRECTORY_FIELDS, FULL_PRECISION
 from compand_jax.run_directory import (
     finished_stages,
     read_results,
@@ -132,11 +133,26 @@ def _document(results: Sequence[dict], table: str) -> str:
 
 def _record(run_dir: Path, record_dir: Path) -> None:
     record_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "results.json", "results.md", "plot.png"):
+    for name in ("results.md", "plot.png"):
         shutil.copyfile(run_dir / name, record_dir / name)
+    for name in ("config.json", "results.json"):
+        _record_json(run_dir / name, record_dir / name)
     for stage in finished_stages(run_dir):
         (record_dir / stage).mkdir(exist_ok=True)
-        shutil.copyfile(run_dir / stage / "result.json", record_dir / stage / "result.json")
+        _record_json(run_dir / stage / "result.json", record_dir / stage / "result.json")
         rows = thin(read_log(run_dir / stage / "metrics.jsonl"))
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(record_dir / stage / "metrics.jsonl", text)
+
+
+def _record_json(source: Path, target: Path) -> None:
+    """Copies a JSON file without the directories of the machine that it was written on."""
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, list):
+            return [keep(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {key: keep(item) for key, item in value.items() if key not in DIRECTORY_FIELDS}
+
+    write_json(target, keep(json.loads(source.read_text())))
