@@ -18,13 +18,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from compand_jax.companding import compute_dtype, mu_law_compress, mu_law_expand
+from compand_jax.companding import (
+    check_values,
+    compute_dtype,
+    mu_law_compress,
+    mu_law_expand,
+)
 
 GRIDS = ("midtread", "midrise")
+ONE_BIT_REMEDY = "grid='midrise' or signed=False"
 
 # Up to so many thresholds a chain of comparisons is cheaper than one logarithm per element.
 _MAX_COMPARISONS = 15
@@ -57,6 +62,8 @@ def check_spec(bits: Any, signed: bool = True, grid: str = "midtread") -> Spec:
     """Returns the `Spec`; raises ValueError where `bits`, `signed` and `grid` are none."""
     if isinstance(bits, bool) or not isinstance(bits, numbers.Integral) or not 1 <= int(bits) <= 8:
         raise ValueError(f"`bits` must be an integer from 1 to 8, got {bits!r}")
+    if not isinstance(signed, bool | np.bool_):
+        raise ValueError(f"`signed` must be True or False, got {signed!r}")
     if grid not in GRIDS:
         raise ValueError(f"`grid` must be one of {', '.join(GRIDS)}, got {grid!r}")
     if grid == "midrise" and not signed:
@@ -64,7 +71,7 @@ def check_spec(bits: Any, signed: bool = True, grid: str = "midtread") -> Spec:
     if grid == "midtread" and signed and bits == 1:
         raise ValueError(
             "`bits` must be at least 2 for a signed midtread grid, got 1: "
-            "use grid='midrise' or signed=False"
+            f"use {ONE_BIT_REMEDY}"
         )
     return Spec(int(bits), bool(signed), grid)
 
@@ -110,19 +117,9 @@ def check_parameters(
     `like` names the operand that they must broadcast to, and gives its shape. Values are checked
     only where they are at hand: a traced mu costs nothing.
     """
-    for name, value, valid, required in (
-        ("mu", mu, lambda a: a >= 0, "at least 0 and finite"),
-        ("scale", scale, lambda a: a > 0, "positive and finite"),
-    ):
-        if not isinstance(value, Tracer):
-            with np.errstate(over="ignore"):
-                host = np.asarray(value).astype(dtype)  # 1e-50 and 1e39 are 0 and inf there
-            bad = ~(valid(host) & np.isfinite(host))
-            if np.any(bad):
-                raise ValueError(
-                    f"`{name}` must be {required} in {dtype.name}, got {np.asarray(value)[bad][0]}"
-                )
-    mu, scale = jnp.asarray(mu, dtype), jnp.asarray(scale, dtype)
+    mu = check_values("mu", mu, dtype, 0.0, "at least 0 and finite")
+    # A smaller scale is taken for zero by the processor.
+    scale = check_values("scale", scale, dtype, float(np.finfo(dtype).tiny), "positive and finite")
     for name, value in (("mu", mu), ("scale", scale)):
         if like is not None and value.ndim and not _broadcasts_to(value.shape, like[1]):
             raise ValueError(

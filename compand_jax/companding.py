@@ -15,8 +15,12 @@ Source: Osama, Madian, Fouda, "Companding quantization for deep neural networks"
 Computing 185, 113979, 2025, doi 10.1016/j.asoc.2025.113979; the curve is that of ITU-T G.711.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -24,6 +28,27 @@ from jaxtyping import Array, Float
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the precision that companding runs in: float32, or float64 for float64 input."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def check_values(name: str, value: Any, dtype: Any, lowest: float, required: str) -> Array:
+    """Returns an argument as an array of a dtype.
+
+    Raises:
+      TypeError: it is not numeric.
+      ValueError: a value of it is below `lowest` or not finite. Only where values are at hand: a
+        traced argument is not checked, and costs nothing.
+    """
+    if not isinstance(value, Tracer):
+        try:
+            with np.errstate(over="ignore"):
+                host = np.asarray(value).astype(dtype)  # 1e-50 and 1e39 are 0 and inf there
+        except (TypeError, ValueError):
+            raise TypeError(f"`{name}` must be numeric, got {value!r}") from None
+        bad = ~((host >= lowest) & np.isfinite(host))
+        if np.any(bad):
+            first = np.asarray(value)[bad][0]
+            raise ValueError(f"`{name}` must be {required} in {np.dtype(dtype).name}, got {first}")
+    return jnp.asarray(value, dtype)
 
 
 def power_series(z: Array, coefficients: tuple[float, ...]) -> Array:
@@ -93,6 +118,10 @@ def mu_law_compress(x: ArrayLike, mu: ArrayLike) -> Float[Array, "..."]:
     Returns:
       Values in [-1, 1], of x's shape and dtype; evaluated in float32 or wider.
 
+    Raises:
+      TypeError: x is not floating, or mu not numeric.
+      ValueError: a concrete mu is negative or not finite.
+
     Gradient: in x, q(mu)^-1/(1 + mu |x|) with q(mu) = log1p(mu)/mu; in mu,
       sign(x) [|x|/(1 + mu |x|) - F/(1 + mu)] / L, which tends to sign(x) |x| (1 - |x|)/2 at 0.
 
@@ -134,6 +163,7 @@ def _magnitude_sign_mu(x: Array, mu: ArrayLike) -> tuple[Array, Array, Array]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating, got {x.dtype}: convert it with x.astype(float)")
     dtype = compute_dtype(x.dtype)
+    mu = check_values("mu", mu, dtype, 0.0, "at least 0 and finite")
     x = x.astype(dtype)
     # Not jnp.abs, whose slope at 0 is 0: the curve passes through 0 with a slope of its own.
-    return jnp.where(x < 0, -x, x), jnp.where(x < 0, -1, 1).astype(dtype), jnp.asarray(mu, dtype)
+    return jnp.where(x < 0, -x, x), jnp.where(x < 0, -1, 1).astype(dtype), mu

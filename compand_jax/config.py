@@ -5,10 +5,11 @@ model is touched.
 """
 
 import dataclasses
+import numbers
 import re
 from typing import Any, Literal
 
-from compand_jax.codebooks import GRIDS, check_spec
+from compand_jax.codebooks import GRIDS, ONE_BIT_REMEDY, check_spec
 
 MU_SCOPES = ("single", "separate", "per_layer")
 QUANTIZERS = ("mu_law", "uniform")
@@ -29,22 +30,23 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 def _check_weights(bits: Any, grid: str) -> None:
     require_choice("grid", grid, GRIDS)
     if bits is not None:
-        _named("weight_bits", check_spec, bits, True, grid)
+        _named("weight_bits", "grid='midrise'", check_spec, bits, True, grid)
 
 
 def _check_acts(bits: Any, signed: bool | None) -> None:
-    if signed not in (None, True, False):
+    if signed is not None and not isinstance(signed, bool):
         raise ValueError(f"`act_signed` must be True, False or None, got {signed!r}")
     # Where calibration decides, one bit may be unsigned, so only the range is known here.
     if bits is not None:
-        _named("act_bits", check_spec, bits, bool(signed), "midtread")
+        _named("act_bits", "act_signed=False", check_spec, bits, bool(signed), "midtread")
 
 
-def _named(name: str, check: Any, *arguments: Any) -> None:
+def _named(name: str, remedy: str, check: Any, *arguments: Any) -> None:
     try:
         check(*arguments)
     except ValueError as error:
-        raise ValueError(str(error).replace("`bits`", f"`{name}`")) from None
+        text = str(error).replace("`bits`", f"`{name}`")
+        raise ValueError(text.replace(ONE_BIT_REMEDY, remedy)) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +149,11 @@ class QuantConfig:
             require_choice(name, getattr(self, name), choices)
         _check_weights(self.weight_bits, self.grid)
         _check_acts(self.act_bits, self.act_signed)
-        if not 0 <= self.mu_init <= 255:
+        if not isinstance(self.mu_init, numbers.Real) or not 0 <= self.mu_init <= 255:
             raise ValueError(f"`mu_init` must be from 0 to 255, got {self.mu_init!r}")
-        if not all(isinstance(rule, Rule) for rule in self.rules):
+        if not isinstance(self.rules, tuple | list) or not all(
+            isinstance(rule, Rule) for rule in self.rules
+        ):
             raise ValueError(f"`rules` must be a tuple of Rule objects, got {self.rules!r}")
         object.__setattr__(self, "rules", tuple(self.rules))  # a list is as good, unhashed
         for rule in self.rules:

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -87,11 +87,10 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
       The model to call `init` or `apply` of: what `nn.jit` traced outside of this context is not
       used in it, nor the reverse.
     """
-    token = next(_tokens)
 
     def clone(**kwargs: Any) -> nn.Module:
         if isinstance(scope := kwargs.get("parent"), Scope):
-            _trace_afresh(scope, token)
+            _trace_afresh(scope)
         return model.clone(**kwargs)
 
     # Both bind a clone to the scope that they make, which is before any other scope is made.
@@ -101,7 +100,7 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
         if module.scope is not None:
-            _trace_afresh(module.scope, token)
+            _trace_afresh(module.scope)
         promote = getattr(module, "promote_dtype", None)
         # A subclass that calls super().__call__ comes by twice, and so does a lifted layer.
         if promote is None or isinstance(promote, _Promotion) or context.method_name == "setup":
@@ -124,11 +123,19 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
 _tokens = itertools.count()
 
 
-def _trace_afresh(scope: Scope, token: int) -> None:
-    # nn.jit keeps its traces from call to call, and a trace made without this interceptor would
-    # skip it, one made with it would leak it. Its key has the scope's flags in it.
-    if scope.flags.get("compand_jax") != token:
-        scope.flags = scope.flags.copy({"compand_jax": token})
+class _NeverTheSame:
+    """An object whose hash is another one whenever it is asked for."""
+
+    def __hash__(self) -> int:
+        return next(_tokens)
+
+
+def _trace_afresh(scope: Scope) -> None:
+    # nn.jit keeps its traces, from call to call and from one of two equal modules to the other. A
+    # trace made without this interceptor would skip it, one made with it would leak it. The key is
+    # a hash in which the scope's flags are, and those of a scope are its submodules' as well.
+    if "compand_jax" not in scope.flags:
+        scope.flags = scope.flags.copy({"compand_jax": _NeverTheSame()})
 
 
 def _channel_axes(module: nn.Module, args: tuple, kwargs: dict) -> tuple[int, ...]:
@@ -224,6 +231,9 @@ def layers_run(
 
     It is found by an abstract evaluation, so that nothing is computed, and remembered. Every
     function that the model jits is traced afresh for it, whatever was cached.
+
+    Raises:
+      ValueError: a layer runs in a function whose trace `jax.jit` keeps from call to call.
     """
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
     signature = tuple(
@@ -242,9 +252,8 @@ def layers_run(
 @functools.lru_cache(maxsize=1024)
 def _layers_run(model: nn.Module, structure: Any, signature: tuple, mutable: Any) -> set[str]:
     arrays = [leaf for leaf in signature if isinstance(leaf, jax.ShapeDtypeStruct)]
-    observer = Observer()
 
-    def call(arrays: list) -> Any:
+    def call(arrays: list, observer: Observer) -> Any:
         values = iter(arrays)
         leaves = [
             next(values) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in signature
@@ -253,6 +262,19 @@ def _layers_run(model: nn.Module, structure: Any, signature: tuple, mutable: Any
         with intercept_layers(model, observer) as intercepted:
             return intercepted.apply(variables, *args, mutable=mutable, **kwargs)
 
+    observers = Observer(), Observer()
     with set_xla_metadata(compand_jax=str(next(_tokens))):  # it is in the key of jit's caches
-        jax.eval_shape(call, arrays)
-    return set(observer.layers)
+        for observer in observers:
+            jax.eval_shape(functools.partial(call, observer=observer), arrays)
+    # What is not traced again would be quantized by what is left of an earlier call, and leak.
+    require_reached(observers[0].layers, observers[1].layers)
+    return set(observers[0].layers)
+
+
+def require_reached(run: Iterable[str], reached: Iterable[str]) -> None:
+    """Raises ValueError, naming them, where layers that run were not reached."""
+    if missed := set(run) - set(reached):
+        raise ValueError(
+            f"site {', '.join(map(repr, sorted(missed)))} runs but was not quantized: a trace of "
+            "it that outlives the call was used; call it without its own jit"
+        )

@@ -46,7 +46,7 @@ class Observations:
                 seen = self.activations.get(site)
                 self.activations[site] = value if seen is None else merge_histograms(seen, value)
         for site, values in traced["weight"].items():
-            if site not in self.weights:  # the same in every batch
+            if not self.weights.get(site):  # the same in every batch
                 self.weights[site] = [np.asarray(value) for value in values]
 
 
@@ -61,7 +61,7 @@ def observe(
     """Returns what is seen of the full-precision model over the batches, in one pass.
 
     Raises:
-      ValueError: there are no batches, or a weight is not finite.
+      ValueError: there are no batches, a layer ran on none of them, or a weight is not finite.
     """
     seen = Observations()
 
@@ -80,6 +80,10 @@ def observe(
     if not seen.observers:
         raise ValueError("`batches` must hold at least one batch, got none")
     for site, weights in seen.weights.items():
+        if not weights:
+            raise ValueError(
+                f"`batches` must reach every layer, site {site!r} is in a branch that none took"
+            )
         if not all(np.all(np.isfinite(weight)) for weight in weights):
             raise ValueError(f"`variables` must be finite, the weight of site {site!r} is not")
     return seen

@@ -17,7 +17,13 @@ from jaxtyping import Array
 from compand_jax import parametrization as par
 from compand_jax.calibration import CALIBRATIONS
 from compand_jax.config import QuantConfig, require_choice
-from compand_jax.interception import Layer, Observer, intercept_layers, layers_run
+from compand_jax.interception import (
+    Layer,
+    Observer,
+    intercept_layers,
+    layers_run,
+    require_reached,
+)
 from compand_jax.model_calibration import estimate_batch_stats, fit_parameters, observe
 from compand_jax.quantizers import fake_quantize
 from compand_jax.sites import (
@@ -129,14 +135,11 @@ class QuantizedModel:
             except TypeError:  # a field of the model cannot be hashed
                 _warn_uncalibrated(repr(self))
         rest = {name: value for name, value in variables.items() if name != "compand"}
+        runs = layers_run(self.model, rest, args, mutable, kwargs)
         visitor = _Quantizer(self, compand)
         with intercept_layers(self.model, visitor) as model:
             outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
-        if missed := layers_run(self.model, rest, args, mutable, kwargs) - visitor.visited:
-            raise ValueError(
-                f"site {', '.join(map(repr, sorted(missed)))} runs but was not quantized: a trace "
-                "of it that was made outside of this call was used; call it without its own jit"
-            )
+        require_reached(runs, visitor.visited)
         if mutable is not False and in_filter(mutable, "compand"):
             outputs = (outputs[0], {**outputs[1], "compand": compand})
         return outputs

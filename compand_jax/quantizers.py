@@ -101,13 +101,15 @@ def dequantize(
       Levels of the codes' shape, equal to `fake_quantize` of the values they came from.
 
     Raises:
-      TypeError: the codes are not of the type that `quantize` returns.
+      TypeError: the codes are not of the type that `quantize` returns, or `dtype` is not floating.
       ValueError: as `quantize`, or a concrete code is out of range.
 
     >>> print(dequantize(jnp.array([-3, 0, 2], jnp.int8), 0.0, 3.0, bits=3))
     [-3.  0.  2.]
     """
     spec = check_spec(bits, signed, grid)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating, got {dtype}")
     codes = jnp.asarray(codes)
     if codes.dtype != spec.code_dtype:
         wanted = jnp.dtype(spec.code_dtype).name

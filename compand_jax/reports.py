@@ -84,7 +84,7 @@ def thin(rows: Sequence, most: int = _MOST_ROWS) -> list:
     """Returns at most `most` rows, evenly spread, the last among them.
 
     >>> thin(range(10), most=4)
-    [2, 4, 7, 9]
+    [1, 4, 6, 9]
     """
     if len(rows) <= most:
         return list(rows)
@@ -92,8 +92,9 @@ def thin(rows: Sequence, most: int = _MOST_ROWS) -> list:
 
 
 def _row(result: dict) -> tuple[str, ...]:
-    name, bits = result["stage"], (result["weight_bits"], result["act_bits"])
-    method: str = _LABELS.get(name, _LABELS.get(name.partition("-")[0], name))
+    name: str = result["stage"]
+    bits = (result["weight_bits"], result["act_bits"])
+    method = _LABELS.get(name, _LABELS.get(name.partition("-")[0], name))
     is_reference = name == result.get("reference")
     return (
         method,

@@ -136,6 +136,11 @@ def _read_stored(path: Path) -> dict:
             f"`run_dir` must hold a configuration, got {path}, which is no JSON ({error}): "
             "choose another directory"
         ) from error
+    if isinstance(stored, dict) and not isinstance(stored.get("quant", {}), dict):
+        raise ValueError(
+            f"`run_dir` must hold a configuration, got {path} whose `quant` is no object: "
+            "choose another directory"
+        )
     if not isinstance(stored, dict) or (unknown := unknown_fields(stored)):
         what = f"the unknown fields {', '.join(unknown)}" if isinstance(stored, dict) else "none"
         raise ValueError(

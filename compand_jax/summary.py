@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array
 
 from compand_jax import parametrization as par
-from compand_jax.quantizers import Spec, fake_quantize
+from compand_jax.codebooks import Spec
+from compand_jax.quantizers import fake_quantize
 from compand_jax.sites import Site
 
 _HEADER = (
@@ -48,8 +49,11 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
         mu, scale = found["weight_mu"], found["weight_scale"]
         weight[:3] = str(site.weight_bits), f"{mu:.3g}", _range(scale)
         if kernel is not None:
-            weight[3] = _sqnr(kernel, mu, scale, site.spec("weight"))
-            weight[4] = str(-(-kernel.size * site.weight_bits // 8))
+            spec = site.spec("weight")
+            weight[3], weight[4] = (
+                _sqnr(kernel, mu, scale, spec),
+                str(-(-kernel.size * spec.bits // 8)),
+            )
     if kernel is not None:
         weight[5] = str(4 * kernel.size)
     if "act_scale" in found:

@@ -5,10 +5,12 @@ is one compiled call; what it measures is summed on the device and fetched once.
 """
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,6 @@ from tqdm import tqdm
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.data import ImageData, augment, normalize
 from compand_jax.metrics_log import append_log, truncate_log
-from compand_jax.steps import Model as Model
 from compand_jax.steps import TrainState as TrainState
 from compand_jax.steps import create_state as create_state
 from compand_jax.steps import eval_step as eval_step
@@ -74,7 +75,7 @@ def make_chunk(
     data: ImageData,
     config: FitConfig,
     *,
-    model: Model,
+    model: Any,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
@@ -104,7 +105,10 @@ def make_chunk(
             return (after, _add(sums, measured, state.step)), None
 
         sums = {"loss": jnp.float32(0), "correct": jnp.int32(0), "bad_step": jnp.int32(-1)}
-        (state, sums), _ = jax.lax.scan(body, (state, sums), length=length, unroll=unroll)
+        if length == 1:  # which scan would make a loop, whatever `unroll` is
+            (state, sums), _ = body((state, sums), None)
+        else:
+            (state, sums), _ = jax.lax.scan(body, (state, sums), length=length, unroll=unroll)
         finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.variables)]
         return state, {**sums, "finite": jnp.stack(finite).all()}
 
@@ -145,7 +149,7 @@ def fit(
     data: ImageData,
     config: FitConfig,
     *,
-    model: Model,
+    model: Any,
     tx: optax.GradientTransformation,
     checkpoints: Checkpoints | None = None,
     metadata: dict | None = None,
@@ -189,7 +193,11 @@ def fit(
     if log is not None:
         truncate_log(log, step)
     chunk = make_chunk(data, config, model=model, tx=tx, mesh=mesh)
-    with tqdm(total=total, initial=step, desc=progress, disable=progress is None) as bar:
+    # Not more than a line a minute where each update is one, in a log.
+    interval = 0.1 if sys.stderr.isatty() else 60
+    with tqdm(
+        total=total, initial=step, desc=progress, disable=progress is None, mininterval=interval
+    ) as bar:
         while step < total:
             began = time.perf_counter()
             state, sums = chunk(state, images, labels)
@@ -202,7 +210,8 @@ def fit(
             if log is not None:
                 append_log(log, row | jax.tree.map(lambda x: np.asarray(x).tolist(), described))
             bar.update(length)
-            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['accuracy']:.1f}%")
+            shown = {"loss": f"{row['loss']:.3f}", "accuracy": f"{row['accuracy']:.1f}%"}
+            bar.set_postfix(shown, refresh=False)
             due = step % (config.checkpoint_every * per_epoch) == 0 or step == total
             if checkpoints is not None and due:
                 checkpoints.save(step, state, metadata)

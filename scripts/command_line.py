@@ -98,9 +98,8 @@ def one_line(box: str) -> str:
     if found:
         return own
     text = re.sub(r"^Error parsing (--\S+): ", r"`\1`: ", text)
-    text = re.sub(
-        r": no type matching (\S+) could .*? \['(.*?)'\]\..*", r" must be \1, got '\2'", text
-    )
+    wrong_type = r": no type matching (\S+) could .*? \['(.*?)'\]\..*"
+    text = re.sub(wrong_type, r" must be \1, got '\2'", text)
     return f"{text.rstrip('.') or 'wrong arguments'}: see --help"
 
 

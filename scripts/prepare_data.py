@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from command_line import parse, run_script
 
 from compand_jax.cifar import is_prepared
 from compand_jax.data import prepare_cifar
@@ -24,22 +25,15 @@ class Args:
     """Directory of the prepared data sets (about 150 MB each)."""
 
 
-def main() -> int:
-    """Returns the exit status: 0, or 2 after an error."""
-    args = tyro.cli(Args, description=__doc__)
-    try:
-        if is_prepared(args.name, args.data_dir):
-            print(f"{args.name} is already prepared in {args.data_dir}: nothing to do")
-            return 0
-        path = prepare_cifar(args.name, args.archive, args.data_dir)
-    except (ValueError, OSError) as error:
-        # The number that the system puts in front of its messages tells a user nothing.
-        text = str(error.strerror or error) if isinstance(error, OSError) else str(error)
-        print("error:", " ".join(text.split()), file=sys.stderr)
-        return 2
-    print(f"{args.name} is prepared in {path}")
-    return 0
+def main(args: list[str]) -> None:
+    """Makes the data set unless it is there."""
+    options = parse(Args, args, description=__doc__)
+    if is_prepared(options.name, options.data_dir):
+        print(f"{options.name} is already prepared in {options.data_dir}: nothing to do")
+        return
+    path = prepare_cifar(options.name, options.archive, options.data_dir)
+    print(f"{options.name} is prepared in {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main))

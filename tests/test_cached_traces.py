@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import drawn, normal, pull_back
+from small_models import drawn, normal, pull_back, quantize_by_hand
 
 import compand_jax as cj
 from compand_jax import interception
@@ -89,6 +89,43 @@ def test_a_warmed_up_nn_jit_is_quantized_and_leaks_nothing(name):
         np.testing.assert_allclose(qmodel.apply(variables, X), expected, atol=1e-5)
 
 
+class EqualModules(nn.Module):
+    """Two modules that nn.jit takes for one, and two more inside of a jitted one."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = JittedDense(4, name="a")(jnp.tanh(JittedDense(4, name="b")(x)))
+        return JittedPair(name="pair")(x)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return JittedDense(4, name="c")(jnp.tanh(JittedDense(4, name="d")(x)))
+
+
+JittedPair = nn.jit(Pair)
+
+
+def test_equal_modules_are_sites_of_their_own():
+    qmodel = cj.quantize_model(EqualModules(), CONFIG)
+    variables = drawn(qmodel, X)
+    EqualModules().apply({"params": variables["params"]}, X)
+    sites = {"a", "b", "pair/c", "pair/d"}
+    assert set(qmodel.quantizers(variables)) == sites
+    y, gradients = pull_back(qmodel.apply, variables, X)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(gradients["compand"]))
+
+    params, compand = variables["params"], variables["compand"]
+    params, compand = ({**t, **t["pair"]} for t in (params, compand))
+    expected = X
+    for i, site in enumerate(("b", "a", "d", "c")):
+        x = quantize_by_hand(expected if i % 2 == 0 else jnp.tanh(expected), compand[site], "act")
+        kernel = quantize_by_hand(params[site]["kernel"], compand[site], "weight")
+        expected = x @ kernel + params[site]["bias"][None]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_trace_made_in_quantizing_is_not_the_full_precision_models():
     # Of this shape nothing has been traced before.
     model, x = JittedPlain(), normal(11, 4)
@@ -102,10 +139,13 @@ def test_a_trace_made_in_quantizing_is_not_the_full_precision_models():
     assert np.any(qmodel.apply({**variables, "compand": other}, x) != quantized)
 
 
+@pytest.mark.parametrize("known", [False, True])
 @EACH_CACHED
-def test_a_site_that_is_not_reached_raises(name, monkeypatch):
+def test_a_site_that_is_not_reached_raises(name, known, monkeypatch):
     _, qmodel, variables, _, sites = cached(name)
     interception._layers_run.cache_clear()
+    if known:  # which layers run has been found before
+        qmodel.apply(variables, X)
     monkeypatch.setattr(interception, "_trace_afresh", lambda *_: None)
     missed = sites[:1] if name == "layer" else sites
     named = ", ".join(f"'{site}'" for site in missed)
@@ -128,9 +168,36 @@ class KeptByJax(nn.Module):
         return nn.Dense(3, name="head")(y)
 
 
-def test_a_trace_that_jax_kept_is_refused():
-    x = normal(7, 4)
+@pytest.mark.parametrize("size", [7, 8])
+def test_a_trace_that_jax_keeps_is_refused(size):
+    x, other = normal(7, 4), normal(size, 4)
     qmodel = cj.quantize_model(KeptByJax(), CONFIG)
-    variables = drawn(qmodel, x)  # traces the function under another visitor
+    variables = drawn(qmodel, x)  # traces the function, for this size, under another visitor
     with pytest.raises(ValueError, match="site '' runs but was not quantized"):
-        qmodel.apply(variables, x)
+        qmodel.apply(variables, other)
+    y = KeptByJax().apply({"params": variables["params"]}, other)
+    head = variables["params"]["head"]
+    expected = other @ variables["params"]["kernel"] @ head["kernel"] + head["bias"][None]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+class JittedInEachCall(KeptByJax):
+    """The same, in a function that is made anew: its trace is gone with it."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(), (4, 6))
+        layer = nn.Dense(6, use_bias=False)
+        y = jax.jit(lambda kernel, x: layer.apply({"params": {"kernel": kernel}}, x))(kernel, x)
+        return nn.Dense(3, name="head")(y)
+
+
+def test_a_function_that_is_jitted_in_each_call_is_quantized():
+    qmodel = cj.quantize_model(JittedInEachCall(), CONFIG)
+    variables = drawn(qmodel, X)
+    full_precision = JittedInEachCall().apply({"params": variables["params"]}, X)
+    y, gradients = pull_back(qmodel.apply, variables, X)
+    assert np.any(y != full_precision)
+    assert all(np.any(g != 0) for g in jax.tree.leaves(gradients["compand"]))
+    again = JittedInEachCall().apply({"params": variables["params"]}, X)
+    np.testing.assert_array_equal(again, full_precision)

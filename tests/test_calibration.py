@@ -216,6 +216,10 @@ def test_a_million_equal_values_stay_what_they_are():
     x = np.full(1_000_003, 0.1, np.float32)
     kept = sample(x)
     assert float(kept.magnitudes[0].max()) == pytest.approx(0.1, rel=1e-5)
+    for value in (0.1, 0.3, 0.7, 1.7, 100.3):  # nothing is to be gained by a mu
+        mu, (scale,), _ = fit_group([sample(value * x)], [FOUR])
+        assert mu == 0
+        assert float(scale[0]) == pytest.approx(0.1 * value, rel=1e-5)
     zeros = jax.jit(histogram)(jnp.zeros(2**24 + 3, jnp.bfloat16))  # more than float32 can count
     assert int(zeros.counts.sum()) == 2**24 + 3
 

@@ -90,15 +90,14 @@ def test_errors_of_train(call, tmp_path, arguments, message):
 @pytest.mark.quick
 def test_errors_of_evaluate(call, tmp_path):
     text = error_of(call(evaluate, tmp_path))
-    assert text.startswith(
-        f"`run_dir` must be a run's directory, with config.json in it, got {tmp_path}"
-    )
+    wanted = f"`run_dir` must be a run's directory, with config.json in it, got {tmp_path}"
+    assert text.startswith(wanted)
     (tmp_path / "config.json").write_text(json.dumps(to_json(RunConfig())))
     text = error_of(call(evaluate, tmp_path))
     assert text.startswith(
         f"`run_dir` must have a finished stage, got {tmp_path} with none: finish"
     )
-    assert "run_dir" in error_of(call(evaluate)).lower().replace("-", "_")
+    assert "A run's directory" in error_of(call(evaluate))
     (tmp_path / "config.json").write_text("{")
     assert "which is no JSON" in error_of(call(evaluate, tmp_path))
 
@@ -180,17 +179,18 @@ def wanted_defaults(config):
 @pytest.mark.quick
 @pytest.mark.parametrize("name", ["digits", "vgg19-cifar100"])
 def test_help_names_every_field_its_unit_and_its_default(name):
-    wide = os.environ | {"COLUMNS": "300", "PYTHONIOENCODING": "utf-8"}
+    wide = os.environ | {"COLUMNS": "90", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(SCRIPTS / "train.py"), name, "--help"]
     out = subprocess.run(command, capture_output=True, env=wide, check=True).stdout.decode()
     text = " ".join(" ".join(line.strip("│ ") for line in out.splitlines()).split())
-    text = text[text.index(" options ") :]
-    entries = dict(re.findall(r" --((?:quant\.)?[a-z-]+)(?=[ ,]) ?(.*?\(default: ?.*?\))", text))
+    text = re.sub(r"[─╭╮╰╯]+", " ", text).replace(", --no-flip", "")
+    entries = dict(re.findall(r" --((?:quant\.)?[a-z_-]+)(?=[ ,])(.*?)(?= --|$)", text))
     defaults = dict(wanted_defaults(PRESETS[name]))
-    assert entries.keys() == defaults.keys() == UNITS.keys()
-    for field, entry in entries.items():
+    assert entries.keys() >= defaults.keys() == UNITS.keys()
+    for field in defaults:
+        entry = entries[field]
         assert UNITS[field] in entry, field
-        assert entry.endswith(f"(default: {defaults[field]})".replace(": )", ": )")), field
+        assert f"(default: {defaults[field]})" in entry, field
     assert all(preset in out for preset in PRESETS)
 
 

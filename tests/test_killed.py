@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,17 @@ from compand_jax.stages import finished
 
 METHOD = "mu_law-separate"
 COMMAND = (
-    f"--methods {METHOD} --epochs 2 --finetune-epochs 2 --warmup-epochs 0 --batch-size 479 "
+    f"--methods {METHOD} --epochs 2 --finetune-epochs 2 --warmup-epochs 0 --batch-size 128 "
     "--steps-per-call 1 --calibration-batches 1 --calibration absmax"
-).split()  # three steps an epoch
+).split()  # eleven steps an epoch
 
 # Each kills the process itself, so that the moment is certain.
 HALF_A_ROW = """
 from compand_jax import training
 whole = training.append_log
 def append_log(path, row):
-    if row["step"] == 5:
-        open(path, "a").write('{"step": 5, "epo')
+    if row["step"] == 15:
+        open(path, "a").write('{"step": 15, "epo')
         os.kill(os.getpid(), signal.SIGKILL)
     whole(path, row)
 training.append_log = append_log
@@ -93,17 +92,17 @@ def test_killed_runs_resume_to_the_same_bits(whole, tmp_path):
     run_dir = tmp_path / "run"
     quantized = run_dir / METHOD
     assert end(start(run_dir, HALF_A_ROW))[0] == -signal.SIGKILL
-    assert [path.name for path in (run_dir / FULL_PRECISION / "checkpoints").iterdir()] == ["3"]
-    assert (run_dir / FULL_PRECISION / "metrics.jsonl").read_text().endswith('{"step": 5, "epo')
+    assert [path.name for path in (run_dir / FULL_PRECISION / "checkpoints").iterdir()] == ["11"]
+    assert (run_dir / FULL_PRECISION / "metrics.jsonl").read_text().endswith('{"step": 15, "epo')
 
     assert end(start(run_dir, WITHIN_A_CHECKPOINT))[0] == -signal.SIGKILL
     assert finished_stages(run_dir) == [FULL_PRECISION]
-    assert len(read_log(quantized / "metrics.jsonl")) == 3
+    assert len(read_log(quantized / "metrics.jsonl")) == 11
     check_stage(whole[0], run_dir, FULL_PRECISION)
 
     assert end(start(run_dir, BEFORE_THE_RESULT))[0] == -signal.SIGKILL
     assert finished_stages(run_dir) == [FULL_PRECISION]
-    assert (quantized / "checkpoints" / "6").is_dir()
+    assert (quantized / "checkpoints" / "22").is_dir()
 
     code, out, err = end(start(run_dir))
     assert code == 0, err
@@ -111,31 +110,14 @@ def test_killed_runs_resume_to_the_same_bits(whole, tmp_path):
     check_stage(whole[0], run_dir, METHOD)
 
 
-def test_killed_from_outside(whole, tmp_path):
-    """A kill whenever it comes, while the quantized stage is trained."""
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "config.json").write_bytes((whole[0] / "config.json").read_bytes())
-    os.symlink(whole[0] / FULL_PRECISION, run_dir / FULL_PRECISION)
-    process = start(run_dir)
-    while not (run_dir / METHOD / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.kill()
-    assert end(process)[0] == -signal.SIGKILL
-    assert finished_stages(run_dir) == [FULL_PRECISION]
-    assert end(start(run_dir))[0] == 0
-    check_stage(whole[0], run_dir, METHOD)
-
-
 def check_stage(whole, run_dir, name):
     """The last state is equal in its bytes, the log and the result but for time."""
     data = load_data("digits")
     states = [finished(read_config(path), data, name)[1] for path in (whole, run_dir)]
-    assert int(states[0].step) == 6
+    assert int(states[0].step) == 22
     assert tree_bytes(states[0]) == tree_bytes(states[1])
     logs = [rows_without_time(read_log(path / name / "metrics.jsonl")) for path in (whole, run_dir)]
-    assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in logs[0]] == list(range(1, 23))
     assert logs[0] == logs[1]
     results = [
         {key: value for key, value in result.items() if key not in ("seconds", "date", "config")}

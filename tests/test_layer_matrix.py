@@ -140,9 +140,9 @@ def test_layer_equals_quantizing_by_hand(name, dtype, act_site, granularity):
     site = "layer/layer_instance" if name == "weight_norm" else "layer"
     assert set(found) == {site, "head"}
     assert ("act_scale" in found["head"]) == (act_site == "input")  # the last layer's output is not
-    if granularity == "channel":
-        sizes = found[site]["weight_scale"].shape
-        assert tuple(i - len(sizes) for i, n in enumerate(sizes) if n > 1) == channel_axes
+    sizes = found[site]["weight_scale"].shape
+    kept = tuple(i - len(sizes) for i, n in enumerate(sizes) if n > 1)
+    assert kept == (channel_axes if granularity == "channel" else ())
 
 
 BARE = {
@@ -198,10 +198,8 @@ def network(name):
 @pytest.fixture(autouse=True)
 def _flax_norms_promote(request):
     # Linen's LayerNorm promotes bfloat16 to float32 by itself, which strict promotion refuses.
-    if "vision_transformer_bfloat16" in request.node.name:
-        with jax.numpy_dtype_promotion("standard"):
-            yield
-    else:
+    kind = "standard" if "vision_transformer_bfloat16" in request.node.name else "strict"
+    with jax.numpy_dtype_promotion(kind):
         yield
 
 
@@ -236,9 +234,6 @@ def test_everything_is_trained(name):
     assert_trained(gradients["compand"])
     if "attention" not in name and "transformer" not in name:  # softmax cancels the keys' bias
         assert_trained(gradients["params"])
-
-
-# Activations inside networks, once more by hand.
 
 
 def dense(params, leaves, x):
