@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
+from jax.sharding import SingleDeviceSharding
 
 Tree = Any
 _MAX_TO_KEEP = 2
@@ -105,7 +106,7 @@ class Checkpoints:
 
         Args:
           target: a pytree of arrays or shapes with the structure to restore; the result has its
-            structure, shapes, types, and shardings where it has any.
+            structure, shapes, types, and shardings; without any it is on one device.
           step: only this one is tried; None tries all, the newest first.
 
         Returns:
@@ -230,7 +231,9 @@ def _unflatten(flat: dict[str, Any], target: Tree) -> Tree:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+    # Never left to what was saved: that names the devices of then.
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _describe(flat: dict[str, Any]) -> dict[str, list]:

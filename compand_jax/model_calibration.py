@@ -1,8 +1,9 @@
 """Running a model over batches, for what calibration needs to know of it."""
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -169,27 +170,36 @@ def _batch_norms_of_this_batch() -> Callable:
     norm, so that s is the mean over its calls.
     """
     calls: collections.Counter = collections.Counter()
-    running: set = set()
+    running: list = []  # for each method that is being called, the batch norm that it is of
 
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        # A lifted batch norm comes by twice, outside and inside of its transformation.
-        if (
-            not isinstance(module, nn.BatchNorm)
-            or context.method_name != "__call__"
-            or module.path in running
-        ):
-            return next_fun(*args, **kwargs)
-        calls[module.path] += 1
-        stored = {name: getattr(module, name) for name in ("use_running_average", "momentum")}
-        object.__setattr__(module, "use_running_average", None)
-        object.__setattr__(module, "momentum", 1 - 1 / calls[module.path])
-        running.add(module.path)
+        if not running:
+            calls.clear()  # the model is run anew
+        # A lifted batch norm may come by twice, outside and inside of its transformation.
+        is_batch_norm = isinstance(module, nn.BatchNorm) and context.method_name == "__call__"
+        outermost = is_batch_norm and module.path not in running
+        running.append(module.path if outermost else None)
         try:
-            return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
+            if not outermost:
+                return next_fun(*args, **kwargs)
+            calls[module.path] += 1
+            momentum = 1 - 1 / calls[module.path]
+            with _fields_set(module, use_running_average=None, momentum=momentum):
+                return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
         finally:
-            running.remove(module.path)
-            for name, value in stored.items():
-                object.__setattr__(module, name, value)
+            running.pop()
 
     return interceptor
+
+
+@contextlib.contextmanager
+def _fields_set(module: nn.Module, **fields: Any) -> Iterator[None]:
+    stored = {name: getattr(module, name) for name in fields}
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in stored.items():
+            object.__setattr__(module, name, value)

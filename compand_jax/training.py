@@ -65,7 +65,7 @@ class FitConfig:
         return max(d for d in range(1, min(self.steps_per_call, steps) + 1) if steps % d == 0)
 
 
-def data_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Returns a mesh with the axis "data" over the devices, by default all of them."""
     devices = jax.devices() if devices is None else list(devices)
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -156,7 +156,7 @@ def fit(
     log: str | Path | None = None,
     describe: Callable[[TrainState], dict] | None = None,
     progress: str | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> TrainState:
     """Returns the state after `config.epochs` epochs, counted from step 0.
 

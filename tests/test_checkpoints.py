@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_runs import snapshot, tree_bytes
 
+from compand_jax import training
 from compand_jax.checkpoints import Checkpoints
 
 
@@ -46,6 +47,16 @@ def test_restores_the_newest_bit_for_bit(directory):
     assert jax.tree.structure(found) == jax.tree.structure(tree(2))
     assert found["half"].dtype == jnp.bfloat16
     assert restore(directory, step=1)[2] == {"of": 1}
+
+
+def test_devices_of_the_save_need_not_be_there(tmp_path):
+    mesh = training.data_mesh()
+    replicated = jax.device_put({"w": jnp.ones((4, 4))}, training._everywhere(mesh))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, replicated)
+        found = checkpoints.restore(jax.eval_shape(lambda: replicated))
+        assert len(found[1]["w"].devices()) == 1
+        assert len(checkpoints.restore(replicated)[1]["w"].devices()) == 8
 
 
 def test_keeps_the_newest_two(directory):

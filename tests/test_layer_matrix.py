@@ -203,7 +203,7 @@ def _flax_norms_promote(request):
         yield
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", list(NETWORKS)[:-1])  # one type of the large one
 def test_weights_equal_quantizing_params_by_hand(name):
     model, x, sites = network(name)
     qmodel = cj.quantize_model(model, CONFIG(act_bits=None))
