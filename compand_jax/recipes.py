@@ -68,7 +68,7 @@ class RunConfig:
     weight_decay: float = 5e-4
     """L2 penalty's gradient, per unit of weight; on kernels only."""
     warmup_epochs: float = 1.0
-    """Length of the linear warm-up, in epochs; less than epochs and finetune-epochs."""
+    """Length of the linear warm-up, in epochs; at most half of a stage, whatever this says."""
     pad: int = 0
     """Augmentation: zeros around an image before it is cropped at random, in pixels."""
     flip: bool = False
@@ -104,9 +104,6 @@ class RunConfig:
             value = getattr(self, name)
             ok = isinstance(value, int | float) and math.isfinite(value) and value >= low
             _require(self, name, ok, f"a finite number of at least {low}")
-        shortest = min(self.epochs, self.finetune_epochs)
-        ok = self.warmup_epochs < shortest
-        _require(self, "warmup_epochs", ok, f"less than the {shortest} epochs of the shorter stage")
         ok = set(self.methods) <= set(METHODS) and len(set(self.methods)) == len(self.methods)
         _require(self, "methods", ok, "different ones of " + ", ".join(METHODS))
 

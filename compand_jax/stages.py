@@ -205,7 +205,8 @@ def _keys(config: RunConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _schedule(config: RunConfig, epochs: int, per_epoch: int, peak: float) -> optax.Schedule:
-    total, warmup = epochs * per_epoch, round(config.warmup_epochs * per_epoch)
+    total = epochs * per_epoch
+    warmup = min(round(config.warmup_epochs * per_epoch), total // 2)
     if warmup == 0:
         return optax.cosine_decay_schedule(peak, total)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total)
