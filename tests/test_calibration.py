@@ -146,7 +146,6 @@ def test_tensors_that_share_a_mu():
     assert found <= 1.001 * np.sum(grids, 0).min()
 
 
-@pytest.mark.quick
 def test_channels_have_scales_of_their_own_and_one_mu():
     sizes = np.float32([0.01, 1, 30, 0])
     x = np.stack([size * source(name, 1000) for size, name in zip(sizes, SOURCES, strict=False)])

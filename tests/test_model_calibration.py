@@ -121,7 +121,6 @@ class Two(nn.Module):
         return nn.Dense(3, name="dense")(factor * x + nn.Embed(7, 4, name="embed")(ids))
 
 
-@pytest.mark.quick
 def test_a_tuple_is_a_models_arguments_and_keywords_go_to_it():
     ids = jnp.arange(5, dtype=jnp.int32)
     variables = drawn(Two(), X, ids)
@@ -136,7 +135,6 @@ def test_a_tuple_is_a_models_arguments_and_keywords_go_to_it():
         assert tops[-1] == pytest.approx(float(np.abs(summed).max()), rel=1e-5)
 
 
-@pytest.mark.quick
 def test_method_and_rngs_go_to_the_model():
     variables = drawn(SetUp(), X)
     qmodel, found = quantized().calibrate(
@@ -159,7 +157,6 @@ class Rectified(nn.Module):
         return nn.Dense(3, name="rectified")(nn.relu(y))
 
 
-@pytest.mark.quick
 def test_signs_are_as_seen():
     qmodel, variables = calibrated(Rectified())
     assert {name: site.act_signed for name, site in qmodel.sites.items()} == {
@@ -203,7 +200,6 @@ def test_signs_as_configured(signed):
     assert float(qmodel.quantizers(variables)[""]["act_scale"]) == pytest.approx(top, rel=1e-5)
 
 
-@pytest.mark.quick
 def test_one_bit_goes_without_a_sign():
     match = r"site '': `act_bits` must be at least 2 for activations that have a sign, got 1"
     with pytest.raises(ValueError, match=match):
@@ -215,7 +211,6 @@ def test_one_bit_goes_without_a_sign():
 # What comes back
 
 
-@pytest.mark.quick
 def test_the_model_differs_in_its_sites_alone():
     qmodel = quantized()
     before = drawn(SetUp(), X)

@@ -84,7 +84,6 @@ def test_init_of_a_stack_is_the_same_under_jit(kind, granularity):
     assert np.all(np.isfinite(qmodel.apply(jitted, x)))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_init_of_normalized_weights_sees_them_normalized(granularity):
     model = Net(nn.WeightNorm(nn.Dense(6)))
@@ -258,7 +257,6 @@ def test_an_uncalibrated_model_warns_once():
         quantized(Fresh(), act_signed=True).apply(variables, X)
 
 
-@pytest.mark.quick
 def test_tokens_have_no_activation_where_they_are_looked_up():
     class Lookup(nn.Module):
         @nn.compact
