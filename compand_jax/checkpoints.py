@@ -119,7 +119,7 @@ class Checkpoints:
             try:
                 self._check_seal(candidate)
                 described = self._description(candidate)
-            except Exception as error:
+            except Exception as error:  # damaged files raise anything: try the one before
                 self._warn(candidate, error)
                 continue
             self._check_leaves(candidate, described["leaves"], _describe(_flatten(target)))
@@ -163,7 +163,7 @@ class Checkpoints:
             if _checksum(flat) != checksum:
                 raise OSError("its checksum is wrong")
             return flat
-        except Exception as error:
+        except Exception as error:  # likewise, of the arrays
             self._warn(step, error)
             return None
 

@@ -12,6 +12,8 @@ import command_line
 import evaluate
 import pytest
 import train
+
+# Fixtures are imported to be found (F401), and named again where they are used (F811).
 from tiny_runs import SCRIPTS, snapshot, standard_promotion, tiny, tiny_config  # noqa: F401
 
 from compand_jax import QuantConfig, Rule, experiments, stages

@@ -6,6 +6,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
+
+# Fixtures are imported to be found (F401), and named again where they are used (F811).
 from tiny_runs import (
     replace,
     rows_without_time,

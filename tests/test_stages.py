@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+# Fixtures are imported to be found (F401), and named again where they are used (F811).
 from tiny_runs import (
     TinyNet,
     replace,
