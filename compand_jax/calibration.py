@@ -62,12 +62,12 @@ _COARSE = _Effort(
     zooms=(0.07, 0.02),
 )
 # The fewer values, the less smooth is their error: where they are few, it is cheap to look closer.
-_FEW_VALUES = 2**18
+_FEW_PRODUCTS = 2**18
 _FINE = _Effort(
     np.linspace(0, _THETA_MAX, 49),
     np.split(np.arange(-3, 72) / 71, 15),
     basins=8,
-    values=_FEW_VALUES,
+    values=_FEW_PRODUCTS,
     zooms=(0.07, 0.025, 0.01),
 )
 # A zoom looks at these points, in units of the last distance of thetas.
@@ -163,8 +163,8 @@ class _Search:
         batches = _batches(groups)
         self._tensors = [batch.tensors for batch in batches]
         self._data = self._with_powers(batches)
-        values = sum(batch.sample.values.size for batch in batches)
-        self._effort = _FINE if values <= _FEW_VALUES else _COARSE
+        products = sum(batch.sample.products for batch in batches)
+        self._effort = _FINE if products <= _FEW_PRODUCTS else _COARSE
 
     def fits(self) -> list[Fit]:
         """Returns the groups' best fits."""
@@ -305,7 +305,7 @@ def _batches(groups: Sequence[Group]) -> list[_Batch]:
 
 @jax.jit
 def _power(sample: Sample) -> Array:
-    return sample.inner(sample.values, sample.values)
+    return sample.per_scale(sample.values * sample.weighted(sample.values))
 
 
 @jax.jit
@@ -358,6 +358,7 @@ def _best_scales(
     descents: int,
 ) -> tuple[Float[Array, "scales"], Float[Array, "scales"]]:
     """Returns the best scales that were met, going on from the best start, and their errors."""
+    weighted_values = sample.weighted(sample.values)
 
     def attempt(scale: Array) -> tuple[Array, Array, Array]:
         quantized = fake_quantize(
@@ -367,8 +368,10 @@ def _best_scales(
         # Computed once for the three sums.
         quantized = jax.lax.optimization_barrier(quantized)
         residual = sample.values - quantized
-        error = sample.inner(residual, residual)
-        gain, power = sample.inner(residual, quantized), sample.inner(quantized, quantized)
+        weighted_residual = sample.weighted(residual)
+        error = sample.per_scale(residual * weighted_residual)
+        gain = sample.per_scale(quantized * weighted_residual)
+        power = sample.per_scale(quantized * weighted_values) - gain
         step = jnp.where(power > 0, gain / jnp.where(power > 0, power, 1), 0)
         return error, scale * jnp.maximum(1 + step, 0.5), error - step * gain
 

@@ -172,6 +172,12 @@ class QuantConfig:
         rule = self.rule_for(site)
         return self if rule is None else self._with(rule)
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are quantized anywhere, as far as bits and rules tell."""
+        bits = {self.act_bits, *(rule.act_bits for rule in self.rules)}
+        return bool(bits - {None, INHERIT})
+
     def _with(self, rule: Rule) -> "QuantConfig":
         fields = {**dataclasses.asdict(rule), "rules": ()}
         pattern = fields.pop("pattern")

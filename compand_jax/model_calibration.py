@@ -82,6 +82,7 @@ def observe(
     model_kwargs: Mapping[str, Any],
     *,
     at_output: bool,
+    activations: bool,
     moments: bool,
 ) -> Observations:
     """Returns what is seen of the full-precision model over the batches, in one pass.
@@ -92,6 +93,7 @@ def observe(
       batches: as `QuantizedModel.calibrate`.
       model_kwargs: further arguments of the model's `apply`.
       at_output: whether a layer's activation is its output.
+      activations: whether histograms of the activations are taken.
       moments: whether the second moments of the layers' inputs are taken.
 
     Raises:
@@ -101,7 +103,7 @@ def observe(
 
     def run(variables: Mapping, args: tuple) -> dict:
         observer = Observer(
-            activation=histogram,
+            activation=histogram if activations else None,
             weight=lambda w: w,
             moments=_moments if moments else None,
             at_output=at_output,
@@ -146,10 +148,12 @@ def fit_parameters(
     seen: Observations,
     calibration: str,
     percentile: float,
+    held_mu: float | None,
 ) -> dict[str, Any]:
     """Returns the collection "compand": every mu and scale, fitted to what was observed.
 
     Operands that share a mu are fitted together; the three mu scopes differ in nothing else.
+    Where `held_mu` is given, every mu is set to it, and the scales alone are fitted.
     """
     members: dict[Any, list[tuple[str, str]]] = {}
     for name, site in sites.items():
@@ -160,7 +164,7 @@ def fit_parameters(
         Group(
             [_sample(sites[name], seen, name, operand, calibration) for name, operand in group],
             [sites[name].spec(operand) for name, operand in group],
-            None if par.mu_path(*group[0], config) else 0.0,
+            held_mu if par.mu_path(*group[0], config) else 0.0,
         )
         for group in members.values()
     ]
@@ -208,16 +212,13 @@ def feed_errors_back(
         if not np.array_equal(kernel, nn.meta.unbox(flat[path])):
             continue
         rows = unrolling.rows(jnp.asarray(kernel, jnp.float32))
-        rounded = jax.vmap(
-            functools.partial(round_with_feedback, spec=sites[name].spec("weight")),
-            in_axes=(0, 0, None, 0),
-        )(
+        scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
+        round_group = functools.partial(round_with_feedback, spec=sites[name].spec("weight"))
+        rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
             rows,
-            jnp.asarray(seen.moments[name], jnp.float32),
+            jnp.asarray(seen.moments[name]),
             found["weight_mu"],
-            jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size).reshape(
-                rows.shape[:2]
-            ),
+            scales.reshape(rows.shape[:2]),
         )
         rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
         flat[path] = nn.meta.replace_boxed(flat[path], rounded)

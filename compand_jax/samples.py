@@ -62,16 +62,23 @@ class Sample(NamedTuple):
         """Whether the inner product is by counts."""
         return self.weights.ndim == 2
 
-    def inner(self, a: Array, b: Array) -> Array:
-        """Returns <a, b>, [scales], of rows [rows, n]."""
+    @property
+    def products(self) -> int:
+        """How many products an inner product takes."""
+        return self.values.size * (1 if self.counted else self.values.shape[1])
+
+    def weighted(self, x: Float[Array, "rows n"]) -> Float[Array, "rows n"]:
+        """Returns n x or H x, so that <x, y> is the plain inner product of this with y."""
         if self.counted:
-            products = jnp.sum(self.weights * a * b, 1)
-        else:
-            groups, n, _ = self.weights.shape
-            a, b = a.reshape(groups, -1, n), b.reshape(groups, -1, n)
-            weighted = jnp.matmul(b, self.weights, precision="highest")  # H is symmetric
-            products = jnp.sum(a * weighted, 2).ravel()
-        return products if len(self.absmax) == len(products) else jnp.sum(products, keepdims=True)
+            return self.weights * x
+        groups, n, _ = self.weights.shape
+        grouped = x.reshape(groups, -1, n)
+        return jnp.matmul(grouped, self.weights, precision="highest").reshape(x.shape)
+
+    def per_scale(self, products: Float[Array, "rows n"]) -> Float[Array, "scales"]:
+        """Returns the sums over what each scale has to do with."""
+        sums = jnp.sum(products, 1)
+        return sums if len(self.absmax) == len(sums) else jnp.sum(sums, keepdims=True)
 
 
 def histogram(x: Float[Array, "..."]) -> Histogram:
