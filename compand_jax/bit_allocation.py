@@ -61,42 +61,45 @@ class SiteLosses:
 
     Args:
       network: the network.
+      batch_stats: whether batch-norm statistics are re-estimated; in the full-precision network
+        that a divergence is from as well, so that it is 0 where nothing is quantized.
 
     All methods may be called from several threads.
     """
 
-    def __init__(self, network: TrainedNetwork) -> None:
-        self.network = network
+    def __init__(self, network: TrainedNetwork, *, batch_stats: bool) -> None:
+        self.network, self._batch_stats = network, batch_stats
         self._batches = network.calibration.first(_MOST_IMAGES)
-        self._exact = log_probabilities(network.model, network.variables, self._batches)
+        exact = dict(network.variables)
+        if batch_stats:
+            exact = reestimated(network.model, exact, self._batches)
+        self._exact = log_probabilities(network.model, exact, self._batches)
 
     def quantized(self, setting: Setting) -> dict[str, Any]:
         """Returns `params` with all kernels quantized, for the other methods to take one from."""
         return quantized_params(*quantize_network(self.network, setting))
 
-    def divergence(self, quantized: Mapping, site: str, *, batch_stats: bool) -> float:
+    def divergence(self, quantized: Mapping, site: str) -> float:
         """Returns Omega of a site, in nats.
 
         Args:
           quantized: `params` as `quantized` returns them.
           site: whose kernel is taken from them.
-          batch_stats: whether batch-norm statistics are re-estimated.
         """
-        variables = self._variables(quantized, site, self._batches if batch_stats else None)
+        variables = self._variables(quantized, site, self._batches)
         found = log_probabilities(self.network.model, variables, self._batches)
         pairs = zip(found, self._exact, strict=True)
         return float(np.mean(np.concatenate([np.asarray(_divergences(q, p)) for q, p in pairs])))
 
-    def accuracy(self, quantized: Mapping, site: str, *, batch_stats: bool) -> dict[str, Any]:
+    def accuracy(self, quantized: Mapping, site: str) -> dict[str, Any]:
         """Returns `correct`, `total`, `accuracy` (percent) and `weight_sqnr` (dB) of a site.
 
         Args:
           quantized: as `divergence`.
           site: as `divergence`.
-          batch_stats: as `divergence`.
         """
         network = self.network
-        variables = self._variables(quantized, site, network.calibration if batch_stats else None)
+        variables = self._variables(quantized, site, network.calibration)
         total = len(network.data.test_labels)
         correct = count_correct(network, network.model, variables)
         return {
@@ -106,10 +109,10 @@ class SiteLosses:
             "weight_sqnr": sqnr(network.variables["params"], variables["params"]),
         }
 
-    def _variables(self, quantized: Mapping, site: str, batches: Iterable | None) -> dict:
+    def _variables(self, quantized: Mapping, site: str, batches: Iterable) -> dict:
         variables = dict(self.network.variables)
         variables["params"] = quantized_site(variables["params"], quantized, site)
-        if batches is None:
+        if not self._batch_stats:
             return variables
         return reestimated(self.network.model, variables, batches)
 

@@ -130,7 +130,8 @@ def document(record: Mapping[str, Any]) -> str:
             "Weights of one site alone quantized, mu-law, one scale per channel, with batch-norm "
             f"statistics {'re-estimated' if config['batch_stats'] else 'as they were'}. "
             "Divergence: mean Kullback-Leibler divergence of the quantized network's softmax from "
-            "the full-precision network's on calibration images, in nats."
+            "the full-precision network's, with its statistics alike, on calibration images, in "
+            "nats."
         )
         parts.append(sensitivity_table(sensitivities))
     for found in record["budgets"]:

@@ -196,8 +196,7 @@ class _Run:
     def measure_sites(self, bits: tuple[int, ...]) -> None:
         """Quantizes one site at a time."""
         self._measure_divergences(bits)
-        self._sites("sensitivity", bits, lambda losses, quantized, site: losses.accuracy(
-            quantized, site, batch_stats=self._base.batch_stats))  # fmt: skip
+        self._sites("sensitivity", bits, SiteLosses.accuracy)
 
     def allocate(self, budget: float) -> None:
         """Chooses bits for each site, and compares them with as many for all sites."""
@@ -223,9 +222,10 @@ class _Run:
         self.record["budgets"].append(found)
 
     def _measure_divergences(self, bits: Iterable[int]) -> None:
-        self._sites("divergences", bits, lambda losses, quantized, site: {
-            "divergence": losses.divergence(
-                quantized, site, batch_stats=self._base.batch_stats)})  # fmt: skip
+        def measure(losses: SiteLosses, quantized: dict, site: str) -> dict:
+            return {"divergence": losses.divergence(quantized, site)}
+
+        self._sites("divergences", bits, measure)
 
     def _sites(self, part: str, bits: Iterable[int], measure: Callable) -> None:
         """Adds a row for each site and bits that there is none of."""
@@ -236,7 +236,7 @@ class _Run:
         missing = [(site, count) for count in bits for site in counts if (site, count) not in done]
         if not missing:
             return
-        losses = SiteLosses(self.network)
+        losses = SiteLosses(self.network, batch_stats=self._base.batch_stats)
         settings = {count: at_bits(self._base, count) for _, count in missing}
         quantized = {count: losses.quantized(setting) for count, setting in settings.items()}
 

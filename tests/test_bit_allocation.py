@@ -78,7 +78,8 @@ def test_settings_of_bits_by_site():
 def losses():
     data = tiny_data()
     calibration = choose_calibration_images(data, 40, pad=0, flip=False, seed=0)
-    return SiteLosses(observe_network(TinyNet(), tiny_variables(), data, calibration))
+    network = observe_network(TinyNet(), tiny_variables(), data, calibration)
+    return SiteLosses(network, batch_stats=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,16 +113,21 @@ def test_divergence_is_the_mean_over_images(losses, levels):
         params = quantized_site(network.variables["params"], levels[3], site)
         found = softmax(network.model.apply({**network.variables, "params": params}, images))
         wanted = np.mean(np.sum(exact * np.log(exact / found), -1))
-        own = losses.divergence(levels[3], site, batch_stats=False)
+        own = losses.divergence(levels[3], site)
         assert own == pytest.approx(wanted, rel=1e-3)
-        assert losses.divergence(levels[8], site, batch_stats=False) < own / 10
-    with_stats = losses.divergence(levels[3], "conv", batch_stats=True)
-    assert with_stats != losses.divergence(levels[3], "conv", batch_stats=False)
+        assert losses.divergence(levels[8], site) < own / 10
+
+
+def test_divergence_is_of_quantization_alone(losses, levels):
+    with_stats = SiteLosses(losses.network, batch_stats=True)
+    for one in (losses, with_stats):
+        assert one.divergence(losses.network.variables["params"], "conv") == pytest.approx(0)
+    assert with_stats.divergence(levels[3], "conv") != losses.divergence(levels[3], "conv")
 
 
 def test_accuracy_with_one_site_quantized(losses, levels):
     network = losses.network
-    found = losses.accuracy(levels[3], "dense", batch_stats=False)
+    found = losses.accuracy(levels[3], "dense")
     params = quantized_site(network.variables["params"], levels[3], "dense")
     correct = count_correct(network, network.model, {**network.variables, "params": params})
     assert (found["correct"], found["total"]) == (correct, 19)
