@@ -225,10 +225,10 @@ def count_correct(network: TrainedNetwork, model: Model, variables: Mapping[str,
 
 
 def weight_counts(network: TrainedNetwork) -> dict[str, int]:
-    """Returns the number of weights of every site."""
+    """Returns the number of weights of every site, in the order that they run in."""
     return {
-        name: sum(np.size(weight) for weight in weights)
-        for name, weights in network.seen.weights.items()
+        name: sum(np.size(weight) for weight in network.seen.weights[name])
+        for name in network.seen.observers[0].layers
     }
 
 

@@ -45,10 +45,10 @@ def _plot_line(axis, rows: Sequence[Mapping], color: str, line: str, label: str)
         if not found:
             continue
         bits, accuracies = zip(*found, strict=True)
+        face = color if line == "-" else "none"
         if grid == "midtread":
-            axis.plot(bits, accuracies, line, color=color, marker="o", ms=4, label=label)
+            axis.plot(bits, accuracies, line, color=color, mfc=face, marker="o", ms=5, label=label)
         else:
-            face = color if line == "-" else "none"
             axis.plot(bits, accuracies, "D", color=color, mfc=face, label=f"{label}, midrise")
 
 
