@@ -69,7 +69,9 @@ class Observations:
                 seen = self.activations.get(site)
                 self.activations[site] = value if seen is None else merge_histograms(seen, value)
         for site, values in traced["moments"].items():
-            self.moments[site] = sum(map(np.asarray, values), self.moments.get(site, np.float32(0)))
+            parts = [np.asarray(value) for value in values]
+            seen = self.moments.get(site)
+            self.moments[site] = sum(parts[1:], parts[0]) + (0 if seen is None else seen)
         for site, values in traced["weight"].items():
             if not self.weights.get(site):  # the same in every batch
                 self.weights[site] = [np.asarray(value) for value in values]

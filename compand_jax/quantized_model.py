@@ -26,6 +26,7 @@ from compand_jax.interception import (
     require_reached,
 )
 from compand_jax.model_calibration import (
+    Observations,
     estimate_batch_stats,
     feed_errors_back,
     fit_parameters,
@@ -195,11 +196,7 @@ class QuantizedModel:
         Source: the layer output's error after Nagel et al., "Up or down? Adaptive rounding for
         post-training quantization", ICML 2020; error feedback after GPTQ (`error_feedback`).
         """
-        require_choice("calibration", calibration, CALIBRATIONS)
-        if not 0 < percentile <= 100:
-            raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
-        if mu is not None and not (isinstance(mu, numbers.Real) and 0 <= mu <= par.MU_MAX):
-            raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
+        _check_calibration(calibration, percentile, mu)
         rest = {name: value for name, value in variables.items() if name != "compand"}
         if batch_stats and iter(batches) is batches:
             batches = list(batches)
@@ -212,6 +209,47 @@ class QuantizedModel:
             activations=self.config.quantizes_activations,
             moments=error_feedback or calibration == "output",
         )
+        qmodel, result = self.calibrate_from(
+            seen,
+            variables,
+            calibration=calibration,
+            percentile=percentile,
+            mu=mu,
+            error_feedback=error_feedback,
+        )
+        if batch_stats and "batch_stats" in rest:
+            result["batch_stats"] = estimate_batch_stats(
+                qmodel.apply, result, batches, model_kwargs
+            )
+        return qmodel, result
+
+    def calibrate_from(
+        self,
+        seen: Observations,
+        variables: Mapping[str, Any],
+        *,
+        calibration: str = "mse",
+        percentile: float = 99.9,
+        mu: float | None = None,
+        error_feedback: bool = False,
+    ) -> tuple["QuantizedModel", dict[str, Any]]:
+        """Returns what `calibrate` does, of what `observe` saw: once, for any number of configs.
+
+        Args:
+          seen: The full-precision model's observations, at the config's `act_site`; with moments
+            for calibration "output" and for error feedback.
+          variables: The collections that it was observed with.
+          calibration: As `calibrate`.
+          percentile: As `calibrate`.
+          mu: As `calibrate`.
+          error_feedback: As `calibrate`.
+
+        Raises:
+          ValueError: a rule matches no site, activations of one bit have a sign, or an argument
+            is out of its range.
+        """
+        _check_calibration(calibration, percentile, mu)
+        rest = {name: value for name, value in variables.items() if name != "compand"}
         sites = sites_from_observers(self.config, seen.observers)
         if self.config.act_signed is None:
             for name, data in seen.activations.items():
@@ -223,10 +261,6 @@ class QuantizedModel:
         if error_feedback and "params" in rest:
             quantizers = qmodel.quantizers(result)
             result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
-        if batch_stats and "batch_stats" in rest:
-            result["batch_stats"] = estimate_batch_stats(
-                qmodel.apply, result, batches, model_kwargs
-            )
         return qmodel, result
 
     def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
@@ -260,6 +294,14 @@ class QuantizedModel:
         if self.sites is not None and name in self.sites:
             return self.sites[name]
         return site_from_config(self.config, name)
+
+
+def _check_calibration(calibration: str, percentile: float, mu: float | None) -> None:
+    require_choice("calibration", calibration, CALIBRATIONS)
+    if not 0 < percentile <= 100:
+        raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
+    if mu is not None and not (isinstance(mu, numbers.Real) and 0 <= mu <= par.MU_MAX):
+        raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
 
 
 def _compand(variables: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,12 +72,27 @@ def with_differences(results: Sequence[dict]) -> list[dict]:
 
 def results_table(results: Sequence[dict]) -> str:
     """Returns a Markdown table of results: a row a stage."""
-    rows = [_HEADER, *map(_row, with_differences(results))]
+    return markdown_table([_HEADER, *map(_row, with_differences(results))])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table of cells, the first row its header, aligned as text too.
+
+    >>> print(markdown_table([("site", "bits"), ("dense", "4")]))
+    | site  | bits |
+    |-------|-----:|
+    | dense |    4 |
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [_line(row, widths) for row in rows]
     rule = "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
                     for i, width in enumerate(widths))  # fmt: skip
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+
+
+def size_text(count: int) -> str:
+    """Returns a number of bytes in kB or MB, of 1000 and 1000000 bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def thin(rows: Sequence, most: int = _MOST_ROWS) -> list:
@@ -102,7 +117,7 @@ def _row(result: dict) -> tuple[str, ...]:
         (result["mu_scope"] or "-").replace("_", " "),
         f"{result['test_accuracy']:.2f} %",
         "reference" if is_reference else f"{result['difference']:+.2f}",
-        _size(result["model_bytes"]),
+        size_text(result["model_bytes"]),
     )
 
 
@@ -110,10 +125,6 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = [cell.ljust(width) if i == 0 else cell.rjust(width)
               for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
     return f"| {' | '.join(padded)} |"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _document(results: Sequence[dict], table: str) -> str:

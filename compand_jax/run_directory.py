@@ -63,7 +63,7 @@ def open_run_dir(config: RunConfig, needed: int) -> None:
     directories = {"run_dir": (run_dir, needed)}
     if config.record_dir is not None:
         directories["record_dir"] = (config.record_dir, 0)
-    _make_writable(directories)
+    make_writable(directories)
     methods = tuple(method for method in METHODS if method in methods)
     write_json(path, to_json(dataclasses.replace(config, methods=methods)))
 
@@ -150,7 +150,7 @@ def _read_stored(path: Path) -> dict:
     return stored
 
 
-def _make_writable(directories: dict[str, tuple[Path, int]]) -> None:
+def make_writable(directories: dict[str, tuple[Path, int]]) -> None:
     """Makes the directories; OSError, with nothing made, if one cannot be written or is full."""
     paths = [path for path, _ in directories.values() for path in (path, *path.parents)]
     made = sorted({path for path in paths if not path.exists()}, reverse=True)

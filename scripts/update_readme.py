@@ -8,6 +8,7 @@ from pathlib import Path
 
 from command_line import parse, run_script
 
+from compand_jax.post_training_record import document
 from compand_jax.reports import results_table
 
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -59,12 +60,18 @@ def fill(text: str, results: Path) -> str:
 
 
 def block(record: Path) -> str:
-    """Returns the text for one record: its results.md without the heading, and where it is."""
+    """Returns the text for one record: its results.md without headings, and where it is.
+
+    What follows a second heading is left to the record.
+    """
     if not (record / "results.json").is_file():
         return ""
-    table = results_table(json.loads((record / "results.json").read_text()))
-    heading, _, body = (record / "results.md").read_text().partition("\n")
-    if not heading.startswith("# ") or table not in body:
+    results = json.loads((record / "results.json").read_text())
+    # A list is of a training run; an object, of post-training quantization.
+    table = results_table(results) if isinstance(results, list) else document(results)
+    text = (record / "results.md").read_text()
+    heading, _, body = text.partition("\n## ")[0].partition("\n")
+    if not heading.startswith("# ") or table not in text:
         raise ValueError(
             f"`results` must have the same table in results.md and results.json, got others in "
             f"{record}: record the run again"

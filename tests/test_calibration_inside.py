@@ -78,7 +78,8 @@ def test_memory_does_not_grow_with_the_batches(model):
     sizes = []
     for count in (2, 6):
         batches = (normal(5, 4, seed=i) for i in range(count))
-        seen = observe(model, variables, batches, {}, at_output=False, activations=True, moments=False)
+        flags = {"at_output": False, "activations": True, "moments": False}
+        seen = observe(model, variables, batches, {}, **flags)
         kept = [observer.called_back for observer in seen.observers]
         sizes.append(elements((seen.activations, seen.weights, kept)))
         counted = sum(float(h.counts.sum()) for h in seen.activations.values())

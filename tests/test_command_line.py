@@ -114,7 +114,7 @@ def test_exit_status_of_the_process(tmp_path):
     )
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "prepare_data"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "prepare_data", "ptq"])
 @pytest.mark.quick
 def test_help_of_every_script(script):
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]

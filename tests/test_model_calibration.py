@@ -254,7 +254,7 @@ def test_bad_input():
     variables = drawn(SetUp(), X)
     with pytest.raises(ValueError, match=r"`batches` must hold at least one batch, got none"):
         quantized().calibrate(variables, iter(()))
-    with pytest.raises(ValueError, match=r"`calibration` must be one of mse, absmax, percentile, output, got 'max'"):
+    with pytest.raises(ValueError, match=r"`calibration` must be one of mse, .* output, got 'max'"):
         quantized().calibrate(variables, [X], calibration="max")
     rules = (cj.Rule("third", weight_bits=2),)
     with pytest.raises(ValueError, match=r"'third' matches none of 'first', 'second'"):

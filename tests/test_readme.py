@@ -11,6 +11,8 @@ import command_line
 import pytest
 import update_readme
 
+from compand_jax.post_training_record import document, results_by_setting
+from compand_jax.post_training_tables import base_setting, tables
 from compand_jax.recipes import CONTROL, FULL_PRECISION, METHODS, RunConfig, preset
 from compand_jax.reports import results_table
 
@@ -31,6 +33,8 @@ assert logits.shape == (256, 10)
 assert set(quantizers) == {"layers_0", "layers_2"}
 assert jnp.isfinite(loss)
 assert (values == same).all() and grad_mu != 0
+kernels = [tree["params"]["layers_0"]["kernel"] for tree in (variables, rounded)]
+assert (kernels[0] != kernels[1]).any() and len(jnp.unique(kernels[1][:, 0])) <= 7
 """
 
 
@@ -78,7 +82,8 @@ def test_files_named_exist():
 def test_tables_are_those_of_the_records(monkeypatch):
     # Without records a block has to be empty, so that no number is ever written by hand.
     monkeypatch.chdir(ROOT)
-    assert README.count("<!-- results:alexnet-cifar10 -->") == 1
+    for name in ("alexnet-cifar10", "ptq-resnet20-cifar10"):
+        assert README.count(f"<!-- results:{name} -->") == 1
     assert update_readme.fill(README, Path("results")) == README
     outside = re.sub(r"<!-- results:.*?<!-- /results -->", "", README, flags=re.DOTALL)
     assert not re.search(r"\d\d\.\d+ ?%", outside), "an accuracy that is in no record"
@@ -89,6 +94,9 @@ def test_tables_are_those_of_the_records(monkeypatch):
 )
 def test_records_are_complete_and_agree(path):
     results = json.loads(path.read_text())
+    if isinstance(results, dict):
+        check_post_training(path, results)
+        return
     assert [result["stage"] for result in results] == [FULL_PRECISION, *METHODS]
     control = next(result for result in results if result["stage"] == CONTROL)
     for result in results:
@@ -100,6 +108,20 @@ def test_records_are_complete_and_agree(path):
         assert result["test_accuracy"] == 100 * result["correct"] / result["total"]
         points = 100 * (result["correct"] - control["correct"]) / result["total"]
         assert result["difference"] == pytest.approx(points, abs=1e-9)
+
+
+def check_post_training(path, record):
+    assert path.parent.name == f"ptq-{record['config']['model']}-{record['config']['dataset']}"
+    assert (path.parent / "results.md").read_text() == document(record)
+    names = ("calibration", "error_feedback", "batch_stats")
+    base = base_setting(*(record["config"][name] for name in names))
+    wanted = [setting for table in tables(base, range(2, 9)) for setting in table.settings()]
+    assert set(results_by_setting(record["rows"])) == set(wanted)
+    rows = [*record["rows"], *record["sensitivity"], record["full_precision"]]
+    for row in rows + [found[name] for found in record["budgets"] for name in ("mixed", "fixed")]:
+        assert row["accuracy"] == 100 * row["correct"] / row["total"]
+        assert row["total"] == record["config"]["test_images"]
+    assert {"versions", "devices", "date"} <= record.keys()
 
 
 RESULTS = [
@@ -138,6 +160,28 @@ def test_update_fills_the_block_and_only_it(tmp_path, monkeypatch, capsys):
     assert results_table(RESULTS) in text
     update_readme.main(["--check"])
     assert capsys.readouterr().out.endswith("README.md is unchanged\n")
+
+
+def test_record_of_post_training_fills_its_block_up_to_the_details(tmp_path):
+    record = {
+        "config": {"model": "b", "dataset": "c", "images": 7, "seed": 0, "batch_stats": True},
+        "rows": [], "divergences": [{"site": "conv", "weight_bits": 3, "divergence": 0.25}],
+        "sensitivity": [{"site": "conv", "weights": 9, "weight_bits": 3, "grid": "midtread",
+                         "accuracy": 12.5, "weight_sqnr": None}],
+        "budgets": [], "seconds": {}, "workers": 2, "versions": {"jax": "1"}, "devices": "abacus",
+        "date": "2026",
+    }  # fmt: skip
+    directory = tmp_path / "results" / "a-b"
+    directory.mkdir(parents=True)
+    (directory / "results.json").write_text(json.dumps(record))
+    (directory / "results.md").write_text(document(record))
+    text = update_readme.fill(BLOCK.format("stale"), tmp_path / "results")
+    assert "7 training images for calibration" in text
+    assert "12.50 %" in document(record)
+    assert "12.50 %" not in text
+    (directory / "results.md").write_text(document(record).replace("12.50 %", "99.00 %"))
+    with pytest.raises(ValueError, match="`results` must have the same table"):
+        update_readme.fill(BLOCK.format(""), tmp_path / "results")
 
 
 def test_block_without_record_is_empty(tmp_path):
