@@ -25,6 +25,8 @@ from flax.core.tracers import current_trace
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
+from compand_jax.calls import remember_call
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -88,6 +90,8 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
       used in it, nor the reverse.
     """
 
+    outermost = True
+
     def clone(**kwargs: Any) -> nn.Module:
         if isinstance(scope := kwargs.get("parent"), Scope):
             _trace_afresh(scope)
@@ -98,9 +102,13 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
     object.__setattr__(bound_afresh, "clone", clone)
 
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        nonlocal outermost
         module = context.module
         if module.scope is not None:
             _trace_afresh(module.scope)
+            if outermost and context.method_name != "setup":
+                outermost = False
+                remember_call(model, context.method_name, args, kwargs)
         promote = getattr(module, "promote_dtype", None)
         # A subclass that calls super().__call__ comes by twice, and so does a lifted layer.
         if promote is None or isinstance(promote, _Promotion) or context.method_name == "setup":

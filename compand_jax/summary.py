@@ -17,13 +17,13 @@ _HEADER = (
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
     "act bits", "act mu", "act scale", "act signed",
 )  # fmt: skip
-_WEIGHT_NAMES = ("kernel", "embedding")
+WEIGHT_NAMES = ("kernel", "embedding")
 
 
 def site_weight(params: Mapping[str, Any], name: str) -> Any:
     """Returns the weight under a site's module path in `params`; None where it has another name."""
     module = par.get_leaf(nn.meta.unbox(params), par.site_path(name)) or {}
-    return next((module[key] for key in _WEIGHT_NAMES if key in module), None)
+    return next((module[key] for key in WEIGHT_NAMES if key in module), None)
 
 
 def summarize(

@@ -1,0 +1,164 @@
+"""A quantized model for inference alone: packed codes and tables of levels, no kernels."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+from jaxtyping import Array
+
+from compand_jax.frozen_tree import Arrays, FrozenSite, FrozenWeight, leaf_path, split_path
+from compand_jax.interception import Layer, intercept_layers, layers_run, require_reached
+from compand_jax.packing import (
+    CARRIER,
+    as_carrier,
+    expand,
+    from_carrier,
+    nearest_level,
+    unpack,
+)
+from compand_jax.parametrization import get_leaf, set_leaf
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["model", "sites", "act_site"],
+)
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenModel:
+    """A quantized model as packed codes and tables, made by `QuantizedModel.freeze`.
+
+    It is a value without state, and a pytree: given to a jitted function as an argument, its
+    packed bytes are arguments of the compiled function. They are expanded layer by layer.
+
+    Args:
+      model: The Linen module.
+      sites: What is static, by site.
+      act_site: Which activations are quantized, "input" or "output".
+      arrays: Codes, tables, and what stays in full precision; see `frozen_tree.Arrays`.
+    """
+
+    model: nn.Module
+    sites: Mapping[str, FrozenSite]
+    act_site: str
+    arrays: Arrays
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the quantized model's jitted `apply` returns, bit for bit.
+
+        It is compiled once for each shape of the arguments.
+
+        Args:
+          *args: The Linen module's arguments; arrays are traced, all else is static.
+          **kwargs: As the Linen module's `apply` (`method`, `rngs`, `train=False`, ...).
+
+        Raises:
+          ValueError: a layer computes its weight from its parameters, and was frozen without an
+            input to find it with; or a layer that the model runs was not reached.
+        """
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        is_array = tuple(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves)
+        traced = [leaf for leaf, traced in zip(leaves, is_array, strict=True) if traced]
+        static = tuple(leaf for leaf, traced in zip(leaves, is_array, strict=True) if not traced)
+        return _run(self, traced, structure, is_array, static)
+
+    def variables(self) -> dict[str, Any]:
+        """Returns the model's variables, with carriers of codes where a kernel would be."""
+        tree: dict = {"params": {}}
+        for name, value in self.arrays["variables"].items():
+            set_leaf(tree, split_path(name), value)
+        for site, frozen in self.sites.items():
+            weight = frozen.weight
+            if weight is None or weight.leaf is None:
+                continue
+            if weight.leaf_shape is not None:  # only its shape is looked at
+                value = jnp.zeros(weight.leaf_shape, weight.dtype)
+            else:
+                value = as_carrier(unpack(self.arrays["codes"][site], weight.bits, weight.shape))
+            set_leaf(tree, leaf_path(site, weight.leaf), value)
+        return tree
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _run(frozen: FrozenModel, traced: list, structure: Any, is_array: tuple, static: tuple) -> Any:
+    arrays, rest = iter(traced), iter(static)
+    leaves = [next(arrays) if traced else next(rest) for traced in is_array]
+    args, kwargs = jax.tree.unflatten(structure, leaves)
+    variables = frozen.variables()
+    runs = layers_run(frozen.model, _with_kernels(frozen, variables), args, False, kwargs)
+    visitor = _Expander(frozen)
+    with intercept_layers(frozen.model, visitor) as model:
+        output = model.apply(variables, *args, **kwargs)
+    require_reached(runs, visitor.visited)
+    return output
+
+
+def _with_kernels(frozen: FrozenModel, variables: dict) -> dict:
+    """Returns the variables with kernels of their own type, for what looks at types alone."""
+    kernels = jax.tree.map(lambda x: x, variables)
+    for site, found in frozen.sites.items():
+        if found.weight is not None and found.weight.leaf is not None:
+            path = leaf_path(site, found.weight.leaf)
+            shape = get_leaf(variables, path).shape
+            set_leaf(kernels, path, jnp.zeros(shape, found.weight.dtype))
+    return kernels
+
+
+class _Expander:
+    """The visitor that gives every layer its levels in place of its codes."""
+
+    def __init__(self, frozen: FrozenModel) -> None:
+        self._frozen = frozen
+        self.visited: set[str] = set()
+
+    def operands(
+        self, layer: Layer, activation: Array | None, weight: Array
+    ) -> tuple[Array | None, Array]:
+        self.visited.add(layer.site)
+        site = self._frozen.sites.get(layer.site, FrozenSite())
+        if site.weight is not None:
+            weight = self._expand(layer.site, site.weight, weight)
+        if activation is not None and self._frozen.act_site == "input":
+            activation = self._quantize(layer.site, activation)
+        return activation, weight
+
+    def output(self, layer: Layer, output: Array) -> Array:
+        return output if self._frozen.act_site == "input" else self._quantize(layer.site, output)
+
+    def _expand(self, name: str, weight: FrozenWeight, operand: Array) -> Array:
+        arrays = self._frozen.arrays
+        if weight.computed:
+            codes = unpack(arrays["codes"][name], weight.bits, weight.shape)
+        elif operand.dtype == CARRIER:
+            codes = from_carrier(operand)
+        else:
+            raise ValueError(
+                f"site {name!r} computes its weight from its parameters: freeze it with an input, "
+                "freeze(variables, x)"
+            )
+        levels = arrays["levels"][name].reshape(*weight.table_shape, -1)
+        return expand(codes, levels).astype(weight.dtype)
+
+    def _quantize(self, name: str, x: Array) -> Array:
+        site = self._frozen.sites.get(name, FrozenSite())
+        if site.act_bits is None:
+            return x
+        arrays = self._frozen.arrays
+        levels, thresholds = arrays["act_levels"][name], arrays["act_thresholds"][name]
+        return nearest_level(x, levels, thresholds, site.act_signed)
+
+
+def make_frozen(
+    model: nn.Module, sites: Mapping[str, FrozenSite], act_site: str, arrays: Arrays
+) -> FrozenModel:
+    """Returns the frozen model of these parts, its arrays on the device."""
+    on_device = {
+        kind: {name: jnp.asarray(x) for name, x in named.items()} for kind, named in arrays.items()
+    }
+    return FrozenModel(model, FrozenDict(sites), act_site, on_device)
