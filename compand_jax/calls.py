@@ -29,7 +29,7 @@ class Call(NamedTuple):
         )
 
 
-# By the model or, where that cannot be hashed, by its identity; it is kept, so that this is its own.
+# By the model, or by its identity where it cannot be hashed: it is kept for that to be its own.
 _calls: collections.OrderedDict[Any, tuple[nn.Module, dict[str, Call]]] = collections.OrderedDict()
 
 

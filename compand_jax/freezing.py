@@ -17,9 +17,11 @@ from compand_jax.config import QuantConfig
 from compand_jax.frozen_model import FrozenModel, make_frozen
 from compand_jax.frozen_tree import (
     KINDS,
+    WEIGHT_TYPES,
     Arrays,
     FrozenSite,
     FrozenWeight,
+    Signature,
     flatten,
     join_path,
     leaf_path,
@@ -29,8 +31,6 @@ from compand_jax.packing import pack
 from compand_jax.quantizers import quantize
 from compand_jax.sites import Site
 from compand_jax.summary import WEIGHT_NAMES
-
-_FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def freeze(
@@ -81,7 +81,7 @@ def freeze(
             sites[name] = dataclasses.replace(found, act_bits=spec.bits, act_signed=spec.signed)
             continue
         own = None if owns[name] is None else rest.pop(leaf_path(name, owns[name]))
-        weight = jnp.asarray(computed[name] if name in computed else own)
+        weight = jnp.asarray(computed.get(name, own))
         _check_weight(name, weight)
         arrays["codes"][name] = _packed_codes(weight, mu, scale, spec)
         levels, _ = codebook(mu, scale, bits=spec.bits, grid=spec.grid)
@@ -97,11 +97,21 @@ def freeze(
         )
         sites[name] = dataclasses.replace(found, weight=frozen)
     arrays["variables"] = {join_path(path): value for path, value in rest.items()}
-    return make_frozen(model, sites, config.act_site, arrays)
+    return make_frozen(model, sites, config.act_site, _signature(calls.get("__call__")), arrays)
+
+
+def _signature(call: Call | None) -> Signature | None:
+    """Returns a call's signature; None where a file could not hold it."""
+    if call is None or not all(isinstance(x, jax.ShapeDtypeStruct) for x in call.args):
+        return None
+    options = tuple(sorted(call.kwargs.items()))
+    if not all(isinstance(value, bool | int | float | str | None) for _, value in options):
+        return None
+    return Signature(tuple((x.shape, x.dtype.name) for x in call.args), options)
 
 
 def _check_weight(name: str, weight: Array) -> None:
-    if weight.dtype not in _FLOATS:
+    if weight.dtype.name not in WEIGHT_TYPES:
         raise ValueError(
             f"`variables` must hold weights of at most 32 bits, site {name!r} has one of "
             f"{weight.dtype}: convert it"

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,18 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array
 
-from compand_jax.frozen_tree import Arrays, FrozenSite, FrozenWeight, leaf_path, split_path
+from compand_jax.frozen_description import from_file, to_file
+from compand_jax.frozen_file import read_sealed, write_sealed, wrong_file
+from compand_jax.frozen_tree import (
+    Arrays,
+    FrozenSite,
+    FrozenWeight,
+    Signature,
+    flatten,
+    join_path,
+    leaf_path,
+    split_path,
+)
 from compand_jax.interception import Layer, intercept_layers, layers_run, require_reached
 from compand_jax.packing import (
     CARRIER,
@@ -28,7 +40,7 @@ from compand_jax.parametrization import get_leaf, set_leaf
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["arrays"],
-    meta_fields=["model", "sites", "act_site"],
+    meta_fields=["model", "sites", "act_site", "signature"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenModel:
@@ -41,12 +53,14 @@ class FrozenModel:
       model: The Linen module.
       sites: What is static, by site.
       act_site: Which activations are quantized, "input" or "output".
+      signature: Arguments that the model takes, where known.
       arrays: Codes, tables, and what stays in full precision; see `frozen_tree.Arrays`.
     """
 
     model: nn.Module
     sites: Mapping[str, FrozenSite]
     act_site: str
+    signature: Signature | None
     arrays: Arrays
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +97,87 @@ class FrozenModel:
                 value = as_carrier(unpack(self.arrays["codes"][site], weight.bits, weight.shape))
             set_leaf(tree, leaf_path(site, weight.leaf), value)
         return tree
+
+
+    def save(
+        self, path: str | Path, *, compress: bool = False, info: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the model to a safetensors file, which `load_frozen` reads.
+
+        Args:
+          path: Of the file; it is complete, or as it was before.
+          compress: Whether to store codes by zlib where that takes fewer bytes.
+          info: What else to write into its description, as JSON, such as how to make the model.
+
+        Raises:
+          OSError: the file cannot be written.
+          ValueError: variables are of a type that the file does not hold, or `info` is no JSON.
+        """
+        description, arrays = to_file(
+            self.sites, self.act_site, self.signature, self.arrays, compress
+        )
+        write_sealed(path, description | {"info": dict(info or {})}, arrays)
+
+
+def load_frozen(path: str | Path, model: nn.Module) -> FrozenModel:
+    """Returns the frozen model of a file that `FrozenModel.save` wrote.
+
+    Args:
+      path: Of the file; it is not trusted.
+      model: The Linen module that was frozen.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is damaged, of another version or of another model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
+    description, stored = read_sealed(path)
+    frozen = make_frozen(model, *from_file(path, description, stored))
+    _check_model(path, frozen)
+    return frozen
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """Returns the `info` that a file was saved with.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is damaged or of another version.
+    """
+    description, _ = read_sealed(path)
+    if not isinstance(description.get("info"), dict):
+        raise wrong_file(path, "no info")
+    return description["info"]
+
+
+def _check_model(path: str | Path, frozen: FrozenModel) -> None:
+    """Raises ValueError where the model has other variables than the file, if that is known."""
+    signature = frozen.signature
+    if signature is None:
+        return
+    inputs = [jax.ShapeDtypeStruct(*row) for row in signature.inputs]
+    options = dict(signature.options)
+
+    def init(*args: Any) -> Any:
+        return nn.meta.unbox(frozen.model.init(jax.random.key(0), *args, **options))
+
+    try:
+        variables = jax.eval_shape(init, *inputs)
+    except Exception as error:  # whatever a model of other inputs raises
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"`model` must be the one that {path} was made of, got one that does not take its "
+            f"inputs {signature.inputs}: {text}"
+        ) from error
+    own = {path: leaf.shape for path, leaf in flatten(variables)}
+    got = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(frozen.variables))}
+    for name in sorted(own.keys() | got.keys()):
+        if own.get(name) != got.get(name):
+            raise ValueError(
+                f"`model` must be the one that {path} was made of, got one with "
+                f"{join_path(name)} of shape {own.get(name)}, not {got.get(name)}"
+            )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -155,10 +250,14 @@ class _Expander:
 
 
 def make_frozen(
-    model: nn.Module, sites: Mapping[str, FrozenSite], act_site: str, arrays: Arrays
+    model: nn.Module,
+    sites: Mapping[str, FrozenSite],
+    act_site: str,
+    signature: Signature | None,
+    arrays: Arrays,
 ) -> FrozenModel:
     """Returns the frozen model of these parts, its arrays on the device."""
     on_device = {
         kind: {name: jnp.asarray(x) for name, x in named.items()} for kind, named in arrays.items()
     }
-    return FrozenModel(model, FrozenDict(sites), act_site, on_device)
+    return FrozenModel(model, FrozenDict(sites), act_site, signature, on_device)

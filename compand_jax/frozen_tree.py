@@ -56,6 +56,19 @@ class FrozenSite:
     act_signed: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Arguments that a frozen model's `apply` takes, to tell another model by.
+
+    Args:
+      inputs: Shape and type of every positional argument.
+      options: Names and values of the keyword arguments: bool, int, float, str or None.
+    """
+
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
 Arrays = dict[str, dict[str, Any]]
 """The arrays of a frozen model, by kind and name.
 
@@ -65,6 +78,11 @@ Arrays = dict[str, dict[str, Any]]
     act_thresholds  site -> float32 [levels - 1], between them
     variables       path -> what stays in full precision, the path joined by `join_path`
 """
+
+TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")
+"""What variables and inputs may be; a file holds the floats as float32."""
+
+WEIGHT_TYPES = TYPES[:3]
 
 KINDS = ("codes", "levels", "act_levels", "act_thresholds", "variables")
 

@@ -89,7 +89,6 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
       The model to call `init` or `apply` of: what `nn.jit` traced outside of this context is not
       used in it, nor the reverse.
     """
-
     outermost = True
 
     def clone(**kwargs: Any) -> nn.Module:

@@ -7,7 +7,6 @@ code i takes bits [i bits, (i + 1) bits) of it, its lowest bit first, and byte j
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
@@ -37,15 +36,15 @@ def pack(codes: UInt8[Array, "..."], bits: int) -> UInt8[Array, " bytes"]:
     >>> print(pack(jnp.array([1, 2, 3], jnp.uint8), 4))
     [33  3]
     """
-    codes = _padded(codes.reshape(-1), 8).reshape(-1, 8)  # eight codes are `bits` bytes
-    wide = codes.astype(jnp.uint32)
+    # Eight codes are `bits` bytes.
+    wide = _padded(codes.reshape(-1), 8).reshape(-1, 8).astype(jnp.uint32)
     columns = []
     for j in range(bits):
         # Of the eight, those with a bit in byte j: code i begins at bit i bits of the group.
         inside = [i for i in range(8) if i * bits < 8 * (j + 1) and (i + 1) * bits > 8 * j]
         shifted = [_shifted(wide[:, i], i * bits - 8 * j) for i in inside]
         columns.append((sum(shifted[1:], shifted[0]) & 255).astype(jnp.uint8))
-    return jnp.stack(columns, axis=1).reshape(-1)[: packed_bytes(math.prod(codes.shape), bits)]
+    return jnp.stack(columns, axis=1).reshape(-1)[: packed_bytes(codes.size, bits)]
 
 
 def unpack(

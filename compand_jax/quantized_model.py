@@ -15,8 +15,8 @@ from flax.core.scope import in_filter
 from jaxtyping import Array
 
 from compand_jax import parametrization as par
-from compand_jax.calls import abstract_call, remembered_calls
 from compand_jax.calibration import CALIBRATIONS
+from compand_jax.calls import abstract_call, remembered_calls
 from compand_jax.config import QuantConfig, require_choice
 from compand_jax.freezing import freeze
 from compand_jax.frozen_model import FrozenModel
@@ -306,7 +306,8 @@ class _Quantizer:
         mu, scale = parameters
         spec = site.spec(operand)
         if config.scale_gradient == "lsq":
-            scale = _scale_gradient(scale, 1 / math.sqrt(x.size * spec.steps))
+            factor = 1 / math.sqrt(x.size * spec.steps)
+            scale = jnp.asarray(_scale_gradient(scale, factor))
         return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
 
 
