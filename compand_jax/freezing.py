@@ -80,7 +80,8 @@ def freeze(
             arrays["act_levels"][name], arrays["act_thresholds"][name] = table
             sites[name] = dataclasses.replace(found, act_bits=spec.bits, act_signed=spec.signed)
             continue
-        own = None if owns[name] is None else rest.pop(leaf_path(name, owns[name]))
+        leaf = owns[name]
+        own = None if leaf is None else rest.pop(leaf_path(name, leaf))
         weight = jnp.asarray(computed.get(name, own))
         _check_weight(name, weight)
         arrays["codes"][name] = _packed_codes(weight, mu, scale, spec)
@@ -92,7 +93,7 @@ def freeze(
             weight.shape,
             weight.dtype.name,
             scale.shape,
-            owns[name],
+            leaf,
             own.shape if name in computed and own is not None else None,
         )
         sites[name] = dataclasses.replace(found, weight=frozen)

@@ -92,17 +92,17 @@ def from_file(
     """
     try:
         return _from_file(description, stored)
-    except _Unexpected as error:
+    except _UnexpectedError as error:
         raise wrong_file(path, str(error)) from None
 
 
-class _Unexpected(Exception):
+class _UnexpectedError(Exception):
     """What was found in a file instead of what belongs there."""
 
 
 def _require(condition: bool | np.bool_, found: str) -> None:
     if not condition:
-        raise _Unexpected(found)
+        raise _UnexpectedError(found)
 
 
 def _from_file(
@@ -163,7 +163,7 @@ def _weight(name: str, fields: Any) -> FrozenWeight:
         shape = fields[key]
         optional = key == "leaf_shape" and shape is None
         _require(optional or is_shape(shape), f"no {key} of weight {name!r}")
-        shapes[key] = None if optional else tuple(shape)
+        shapes[key] = tuple(shape or ()) if not optional else None
     weight = FrozenWeight(**(fields | shapes))
     stacked = len(weight.shape) - len(weight.table_shape)
     fits = stacked >= 0 and all(
@@ -178,7 +178,7 @@ def _check_bits(name: str, bits: Any, signed: bool, grid: Any) -> None:
     try:
         check_spec(bits, signed, grid)
     except ValueError as error:
-        raise _Unexpected(f"site {name!r}: {error}") from error
+        raise _UnexpectedError(f"site {name!r}: {error}") from error
 
 
 def _codes(name: str, weight: FrozenWeight, codes: np.ndarray, encoding: str) -> np.ndarray:
@@ -204,7 +204,7 @@ def _inflated(name: str, codes: np.ndarray, count: int) -> np.ndarray:
     try:
         data = stream.decompress(codes.tobytes(), count + 1)
     except zlib.error as error:
-        raise _Unexpected(f"codes of site {name!r}: {error}") from error
+        raise _UnexpectedError(f"codes of site {name!r}: {error}") from error
     whole = stream.eof and not stream.unused_data and len(data) == count
     _require(whole, f"another number of codes than {count} in site {name!r}")
     return np.frombuffer(data, np.uint8)

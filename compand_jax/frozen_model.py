@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from compand_jax.frozen_description import from_file, to_file
 from compand_jax.frozen_file import read_sealed, write_sealed, wrong_file
+from compand_jax.frozen_summary import summarize_frozen
 from compand_jax.frozen_tree import (
     Arrays,
     FrozenSite,
@@ -82,8 +83,21 @@ class FrozenModel:
         static = tuple(leaf for leaf, traced in zip(leaves, is_array, strict=True) if not traced)
         return _run(self, traced, structure, is_array, static)
 
-    def variables(self) -> dict[str, Any]:
-        """Returns the model's variables, with carriers of codes where a kernel would be."""
+    def apply_dense(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what `apply` does, not compiled, with weights expanded before the model runs.
+
+        For converters, which know neither the types nor the calls that `apply` uses.
+        """
+        visitor = _Expander(self, dense=True)
+        with intercept_layers(self.model, visitor) as model:
+            return model.apply(self.variables(dense=True), *args, **kwargs)
+
+    def variables(self, *, dense: bool = False) -> dict[str, Any]:
+        """Returns the model's variables; where a kernel would be, its levels or carriers of codes.
+
+        Args:
+          dense: Whether to expand the codes.
+        """
         tree: dict = {"params": {}}
         for name, value in self.arrays["variables"].items():
             set_leaf(tree, split_path(name), value)
@@ -93,11 +107,40 @@ class FrozenModel:
                 continue
             if weight.leaf_shape is not None:  # only its shape is looked at
                 value = jnp.zeros(weight.leaf_shape, weight.dtype)
+            elif dense:
+                value = self.weight(site, selections=False)
             else:
                 value = as_carrier(unpack(self.arrays["codes"][site], weight.bits, weight.shape))
             set_leaf(tree, leaf_path(site, weight.leaf), value)
         return tree
 
+
+    def weight(self, site: str, *, selections: bool = True) -> Array:
+        """Returns a site's weight, expanded from its codes; `selections` as `packing.expand`'s."""
+        weight = self.sites[site].weight
+        if weight is None:
+            raise ValueError(f"`site` must have a quantized weight, got {site!r} without one")
+        codes = unpack(self.arrays["codes"][site], weight.bits, weight.shape)
+        return self.expand(site, codes, selections=selections)
+
+    def expand(self, site: str, codes: Array, *, selections: bool = True) -> Array:
+        """Returns the levels of a site's codes, or of those of one layer of a stack."""
+        weight = self.sites[site].weight
+        assert weight is not None
+        shape = weight.table_shape
+        if shape:
+            shape = (1,) * (codes.ndim - len(shape)) + shape
+        levels = self.arrays["levels"][site].reshape(*shape, -1)
+        return expand(codes, levels, selections=selections).astype(weight.dtype)
+
+    def summary(self) -> str:
+        """Returns a table of sizes: a row per weight, one for what is in full precision, and all.
+
+        Packed bytes and their tables' bytes; the entropy of the codes in bits, and the bytes that
+        they would take under an ideal coder; the bytes in float32, and how many times as many
+        those are. A file has a header besides.
+        """
+        return summarize_frozen(self.sites, self.arrays)
 
     def save(
         self, path: str | Path, *, compress: bool = False, info: Mapping[str, Any] | None = None
@@ -208,8 +251,8 @@ def _with_kernels(frozen: FrozenModel, variables: dict) -> dict:
 class _Expander:
     """The visitor that gives every layer its levels in place of its codes."""
 
-    def __init__(self, frozen: FrozenModel) -> None:
-        self._frozen = frozen
+    def __init__(self, frozen: FrozenModel, *, dense: bool = False) -> None:
+        self._frozen, self._dense = frozen, dense
         self.visited: set[str] = set()
 
     def operands(
@@ -227,18 +270,16 @@ class _Expander:
         return output if self._frozen.act_site == "input" else self._quantize(layer.site, output)
 
     def _expand(self, name: str, weight: FrozenWeight, operand: Array) -> Array:
-        arrays = self._frozen.arrays
         if weight.computed:
-            codes = unpack(arrays["codes"][name], weight.bits, weight.shape)
-        elif operand.dtype == CARRIER:
-            codes = from_carrier(operand)
-        else:
+            return self._frozen.weight(name, selections=not self._dense)
+        if self._dense:
+            return operand
+        if operand.dtype != CARRIER:
             raise ValueError(
                 f"site {name!r} computes its weight from its parameters: freeze it with an input, "
                 "freeze(variables, x)"
             )
-        levels = arrays["levels"][name].reshape(*weight.table_shape, -1)
-        return expand(codes, levels).astype(weight.dtype)
+        return self._frozen.expand(name, from_carrier(operand))
 
     def _quantize(self, name: str, x: Array) -> Array:
         site = self._frozen.sites.get(name, FrozenSite())
@@ -246,7 +287,9 @@ class _Expander:
             return x
         arrays = self._frozen.arrays
         levels, thresholds = arrays["act_levels"][name], arrays["act_thresholds"][name]
-        return nearest_level(x, levels, thresholds, site.act_signed)
+        return nearest_level(
+            x, levels, thresholds, site.act_signed, selections=not self._dense
+        )
 
 
 def make_frozen(

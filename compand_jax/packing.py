@@ -75,7 +75,7 @@ def _shifted(x: Array, by: int) -> Array:
 
 
 def expand(
-    codes: UInt8[Array, "..."], levels: Float[Array, "... levels"]
+    codes: UInt8[Array, "..."], levels: Float[Array, "... levels"], *, selections: bool = True
 ) -> Float[Array, "..."]:
     """Returns the level of each code.
 
@@ -83,9 +83,11 @@ def expand(
       codes: Indices into the table, any shape.
       levels: [levels] for all codes, or leading axes that broadcast against the codes', such as
         [1, channels, levels].
+      selections: Whether to select among few levels, which XLA fuses, instead of gathering, which
+        is one operation.
     """
     count = levels.shape[-1]
-    if count > _MAX_SELECTIONS:
+    if count > _MAX_SELECTIONS or not selections:
         return take(levels, codes.astype(jnp.int32))
     values = jnp.broadcast_to(levels[..., 0], codes.shape)
     for k in range(1, count):
@@ -113,6 +115,8 @@ def nearest_level(
     levels: Float[Array, " levels"],
     thresholds: Float[Array, " thresholds"],
     signed: bool,
+    *,
+    selections: bool = True,
 ) -> Float[Array, "..."]:
     """Returns the level nearest each value: that of sign(x) #{k: |x| > t_k}, NaN where x is.
 
@@ -121,17 +125,29 @@ def nearest_level(
       levels: All levels of a midtread grid, ascending, float32.
       thresholds: Those between them.
       signed: Whether values below zero have levels of their own.
+      selections: As `expand`'s.
     """
     if signed:
         levels, thresholds = levels[levels.size // 2 :], thresholds[thresholds.size // 2 :]
     wide = x.astype(jnp.float32)
     magnitude = jnp.abs(wide) if signed else jnp.maximum(wide, 0)
-    if levels.size <= _MAX_SELECTIONS:
+    if levels.size <= _MAX_SELECTIONS and selections:
         level = jnp.broadcast_to(levels[0], x.shape)
         for k in range(thresholds.size):
             level = jnp.where(magnitude > thresholds[k], levels[k + 1], level)
     else:
-        index = jnp.searchsorted(thresholds, magnitude)  # counts those that are smaller
-        level = take(levels, index.astype(jnp.int32))
+        level = take(levels, _count_below(magnitude, thresholds))
     level = jnp.where(wide < 0, 0 - level, level) if signed else level
     return jnp.where(jnp.isnan(wide), wide, level).astype(x.dtype)
+
+
+def _count_below(x: Array, thresholds: Array) -> Array:
+    """Returns how many of the ascending thresholds are below each value, by bisection."""
+    bits = thresholds.size.bit_length()
+    padding = jnp.full(2**bits - 1 - thresholds.size, jnp.inf, thresholds.dtype)
+    bounds = jnp.concatenate([thresholds, padding])
+    count = jnp.zeros(x.shape, jnp.int32)
+    for bit in reversed(range(bits)):
+        further = count + 2**bit
+        count = jnp.where(x > take(bounds, further - 1), further, count)
+    return count
