@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
+import jax.export
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

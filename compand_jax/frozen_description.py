@@ -56,7 +56,7 @@ def to_file(
         weight = sites[site].weight
         assert weight is not None
         codes = np.asarray(unpack(packed, weight.bits, weight.shape))
-        compressed = zlib.compress(codes.tobytes(), 9)
+        compressed = _deflated(codes.tobytes())
         if len(compressed) < len(packed) and codes.size <= _MAX_RATIO * len(compressed):
             host["codes"][site] = np.frombuffer(compressed, np.uint8)
             encodings[site] = "zlib"
@@ -71,6 +71,18 @@ def to_file(
     }
     named = {f"{kind}/{name}": x for kind, found in host.items() for name, x in found.items()}
     return description, {name: _as_stored(x) for name, x in named.items()}
+
+
+def _deflated(data: bytes) -> bytes:
+    """Returns data under zlib, with or without the search for repetitions, whichever is shorter.
+
+    Codes seldom repeat: a Huffman code alone is mostly the better one, and near the entropy.
+    """
+    found = []
+    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
+        stream = zlib.compressobj(9, strategy=strategy)
+        found.append(stream.compress(data) + stream.flush())
+    return min(found, key=len)
 
 
 def _as_stored(x: np.ndarray) -> np.ndarray:
