@@ -62,6 +62,9 @@ def freeze(
         for name, operand in par.quantized_operands(compand)
         if operand == "weight"
     }
+    for name, leaf in owns.items():
+        if leaf is not None:
+            _check_weight(name, jnp.asarray(rest[leaf_path(name, leaf)]))
     computed = _computed_weights(model, tree, calls, owns)
     # In one compiled function, as in the quantized model's: eagerly the last bit may differ.
     parameters = jax.jit(
@@ -83,7 +86,6 @@ def freeze(
         leaf = owns[name]
         own = None if leaf is None else rest.pop(leaf_path(name, leaf))
         weight = jnp.asarray(computed.get(name, own))
-        _check_weight(name, weight)
         arrays["codes"][name] = _packed_codes(weight, mu, scale, spec)
         levels, _ = codebook(mu, scale, bits=spec.bits, grid=spec.grid)
         arrays["levels"][name] = levels.reshape(-1, levels.shape[-1]) if scale.ndim else levels

@@ -88,9 +88,10 @@ class FrozenModel:
 
         For converters, which know neither the types nor the calls that `apply` uses.
         """
-        visitor = _Expander(self, dense=True)
+        variables = self.variables(dense=True)
+        visitor = _Expander(self, variables, dense=True)
         with intercept_layers(self.model, visitor) as model:
-            return model.apply(self.variables(dense=True), *args, **kwargs)
+            return model.apply(variables, *args, **kwargs)
 
     def variables(self, *, dense: bool = False) -> dict[str, Any]:
         """Returns the model's variables; where a kernel would be, its levels or carriers of codes.
@@ -115,12 +116,24 @@ class FrozenModel:
         return tree
 
 
-    def weight(self, site: str, *, selections: bool = True) -> Array:
-        """Returns a site's weight, expanded from its codes; `selections` as `packing.expand`'s."""
+    def weight(
+        self, site: str, *, selections: bool = True, after: Array | None = None
+    ) -> Array:
+        """Returns a site's weight, expanded from its codes.
+
+        Args:
+          site: Its name.
+          selections: As `packing.expand`'s.
+          after: What is to be computed before.
+
+        Raises:
+          ValueError: the site's weight is in full precision.
+        """
         weight = self.sites[site].weight
         if weight is None:
             raise ValueError(f"`site` must have a quantized weight, got {site!r} without one")
-        codes = unpack(self.arrays["codes"][site], weight.bits, weight.shape)
+        packed = _after(after, self.arrays["codes"][site])
+        codes = unpack(packed, weight.bits, weight.shape)
         return self.expand(site, codes, selections=selections)
 
     def expand(self, site: str, codes: Array, *, selections: bool = True) -> Array:
@@ -229,10 +242,11 @@ def _run(frozen: FrozenModel, traced: list, structure: Any, is_array: tuple, sta
     leaves = [next(arrays) if traced else next(rest) for traced in is_array]
     args, kwargs = jax.tree.unflatten(structure, leaves)
     variables = frozen.variables()
-    runs = layers_run(frozen.model, _with_kernels(frozen, variables), args, False, kwargs)
-    visitor = _Expander(frozen)
+    mutable = kwargs.pop("mutable", False)
+    runs = layers_run(frozen.model, _with_kernels(frozen, variables), args, mutable, kwargs)
+    visitor = _Expander(frozen, variables)
     with intercept_layers(frozen.model, visitor) as model:
-        output = model.apply(variables, *args, **kwargs)
+        output = model.apply(variables, *args, mutable=mutable, **kwargs)
     require_reached(runs, visitor.visited)
     return output
 
@@ -251,8 +265,8 @@ def _with_kernels(frozen: FrozenModel, variables: dict) -> dict:
 class _Expander:
     """The visitor that gives every layer its levels in place of its codes."""
 
-    def __init__(self, frozen: FrozenModel, *, dense: bool = False) -> None:
-        self._frozen, self._dense = frozen, dense
+    def __init__(self, frozen: FrozenModel, variables: dict, *, dense: bool = False) -> None:
+        self._frozen, self._variables, self._dense = frozen, variables, dense
         self.visited: set[str] = set()
 
     def operands(
@@ -261,7 +275,7 @@ class _Expander:
         self.visited.add(layer.site)
         site = self._frozen.sites.get(layer.site, FrozenSite())
         if site.weight is not None:
-            weight = self._expand(layer.site, site.weight, weight)
+            weight = self._expand(layer.site, site.weight, weight, activation)
         if activation is not None and self._frozen.act_site == "input":
             activation = self._quantize(layer.site, activation)
         return activation, weight
@@ -269,17 +283,24 @@ class _Expander:
     def output(self, layer: Layer, output: Array) -> Array:
         return output if self._frozen.act_site == "input" else self._quantize(layer.site, output)
 
-    def _expand(self, name: str, weight: FrozenWeight, operand: Array) -> Array:
-        if weight.computed:
-            return self._frozen.weight(name, selections=not self._dense)
+    def _expand(
+        self, name: str, weight: FrozenWeight, operand: Array, activation: Array | None
+    ) -> Array:
         if self._dense:
-            return operand
+            return self._frozen.weight(name, selections=False) if weight.computed else operand
+        if weight.computed or operand is self._leaf(name, weight):
+            return self._frozen.weight(name, after=activation)
         if operand.dtype != CARRIER:
             raise ValueError(
                 f"site {name!r} computes its weight from its parameters: freeze it with an input, "
                 "freeze(variables, x)"
             )
-        return self._frozen.expand(name, from_carrier(operand))
+        # A part of the leaf in scan or vmap, or the leaf in a trace of its own.
+        return self._frozen.expand(name, _after(activation, from_carrier(operand)))
+
+    def _leaf(self, name: str, weight: FrozenWeight) -> Any:
+        assert weight.leaf is not None
+        return get_leaf(self._variables, leaf_path(name, weight.leaf))
 
     def _quantize(self, name: str, x: Array) -> Array:
         site = self._frozen.sites.get(name, FrozenSite())
@@ -290,6 +311,28 @@ class _Expander:
         return nearest_level(
             x, levels, thresholds, site.act_signed, selections=not self._dense
         )
+
+
+def _after(x: Array | None, codes: Array) -> Array:
+    """Returns the codes, at hand only when x is: or XLA expands all layers before the first.
+
+    Its own means, `optimization_barrier`, is gone when the CPU backend orders operations. So the
+    codes are combined with a zero of which only x tells that it is one.
+    """
+    return codes if x is None or x.size == 0 else _with_zero(x, codes)
+
+
+@jax.custom_batching.custom_vmap
+def _with_zero(x: Array, codes: Array) -> Array:
+    first = x.reshape(-1)[0]
+    return codes ^ ((first != first) & (first == first)).astype(codes.dtype)
+
+
+@_with_zero.def_vmap
+def _with_zero_of_batch(axis_size: int, batched: list, x: Array, codes: Array) -> tuple:
+    if batched[1]:
+        return codes, True
+    return _with_zero(x[0] if batched[0] else x, codes), False
 
 
 def make_frozen(
