@@ -55,7 +55,7 @@ def to_file(
     for site, packed in host["codes"].items() if compress else ():
         weight = sites[site].weight
         assert weight is not None
-        codes = np.asarray(unpack(packed, weight.bits, weight.shape))
+        codes = np.asarray(unpack(jnp.asarray(packed), weight.bits, weight.shape))
         compressed = _deflated(codes.tobytes())
         if len(compressed) < len(packed) and codes.size <= _MAX_RATIO * len(compressed):
             host["codes"][site] = np.frombuffer(compressed, np.uint8)

@@ -186,8 +186,6 @@ def load_frozen(path: str | Path, model: nn.Module) -> FrozenModel:
       OSError: the file cannot be read.
       ValueError: it is damaged, of another version or of another model.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
     description, stored = read_sealed(path)
     frozen = make_frozen(model, *from_file(path, description, stored))
     _check_model(path, frozen)

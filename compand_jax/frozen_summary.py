@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
@@ -37,7 +38,7 @@ def summarize_frozen(sites: Mapping[str, FrozenSite], arrays: Arrays) -> str:
         if weight is None:
             continue
         packed = host["codes"][name]
-        bits = entropy(np.asarray(unpack(packed, weight.bits, weight.shape)))
+        bits = entropy(np.asarray(unpack(jnp.asarray(packed), weight.bits, weight.shape)))
         count = math.prod(weight.shape)
         sizes = packed.nbytes, host["levels"][name].nbytes, math.ceil(count * bits / 8), 4 * count
         totals += sizes
