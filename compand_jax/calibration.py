@@ -1,18 +1,23 @@
-"""mu and scale from data: the least mean squared error, or the largest magnitude.
+"""mu and scale from data, without training.
 
-A tensor is reduced to a `Sample`: magnitudes m_i with counts n_i. Its error under a quantizer is
+A group of tensors that share a mu is fitted by minimizing, over theta = log(1 + mu),
 
-    E(mu, c) = sum_i n_i (m_i - Q(m_i; mu, c))^2
+    sum_t E_t(mu, c_t) / P_t        E_t = <x - Q(x), x - Q(x)>,  P_t = <x, x>
 
-A weight with a scale per channel is its own sample. Any other tensor, and activations that stream
-by, are binned by the leading bits of their float32 representation (512 bins an octave, from 2^-40
-to 2^40, no range to know beforehand), each bin standing for the mean of what fell into it: what is
-left out, the spread within a bin, is the same for every quantizer that sends the bin to one level.
+in each tensor's inner product (`samples`). The scale c_t is, by calibration,
 
-The search is a grid over theta = log(1 + mu) and log c, then ever finer ones around the best.
+    mse, output   its best one, argmin_c E_t(mu, c): of the tensor's error, or the layer output's
+    absmax        the largest magnitude
+    percentile    the magnitude that so many percent of the values do not exceed
+
+The search for mu is a grid, then ever finer ones around the best; mu = 0 is on the grid, so that no
+tensor that has a mu of its own is left worse than uniform levels would leave it. The search for the
+scale starts from a grid as well and goes on in closed form: for given codes, with q = Q(x; mu, c),
+the error is a parabola in c whose minimum is at c (1 + <x - q, q> / <q, q>).
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,186 +28,359 @@ from jaxtyping import Array, Float
 from compand_jax.codebooks import Spec
 from compand_jax.companding import mu_law_expand
 from compand_jax.quantizers import fake_quantize
+from compand_jax.samples import Sample
 
-CALIBRATIONS = ("mse", "absmax")
+CALIBRATIONS = ("mse", "absmax", "percentile", "output")
 MU_MAX = 255.0
 
-_BINS_PER_OCTAVE_LOG2 = 9
-_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -40, 40
-BINS = (_HIGHEST_EXPONENT - _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
-_UNUSED_BITS = 23 - _BINS_PER_OCTAVE_LOG2
-_LOWEST_BIN = (127 + _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
-_MIN_SAMPLE = 8192
 
-_THETA_POINTS, _SCALE_POINTS, _ZOOMS = 13, 25, 3
+class _Effort(NamedTuple):
+    """How closely is looked at first.
+
+    Attributes:
+      thetas: of log(1 + mu).
+      grids: of scales, as exponents, 0 being the largest magnitude and 1 a quarter of the mean;
+        the search goes on from the best of each grid.
+      basins: how many of the best thetas it goes on from.
+      values: how many of a row, evenly spread, are looked at.
+      zooms: then, of log(scale), the distances of what is looked at around the best.
+    """
+
+    thetas: np.ndarray
+    grids: list[np.ndarray]
+    basins: int
+    values: int
+    zooms: tuple[float, ...]
+
+
+_THETA_MAX = np.log1p(MU_MAX)
+_COARSE = _Effort(
+    np.linspace(0, _THETA_MAX, 13),
+    np.split(np.arange(-1, 14) / 13, 3),
+    basins=1,
+    values=512,
+    zooms=(0.07, 0.02),
+)
+# The fewer values, the less smooth is their error: where they are few, it is cheap to look closer.
+_FEW_VALUES = 2**18
+_FINE = _Effort(
+    np.linspace(0, _THETA_MAX, 49),
+    np.split(np.arange(-3, 72) / 71, 15),
+    basins=8,
+    values=_FEW_VALUES,
+    zooms=(0.07, 0.025, 0.01),
+)
+# A zoom looks at these points, in units of the last distance of thetas.
+_POINTS = np.array([0, -2, -1, 1, 2]) / 3
+_DESCENTS = 3
 # Relative to the power: what differs by less is as good, and the flatter curve is taken.
 _TIE = 1e-10
 
 
-class Histogram(NamedTuple):
-    """Counts and sums of magnitudes by bin, and the extremes of the values; additive.
+class Group(NamedTuple):
+    """Tensors that share a mu.
 
-    `counts` and `sums` are [2, BINS]: first of the values at or above zero, then of those below.
-    A sum is of the distances from the bin's lower edge, which stays exact where the sum of a
-    million equal magnitudes would not.
+    Attributes:
+      samples: the tensors.
+      specs: their quantizers.
+      mu: the mu that is held, 0 for uniform levels; None for the best.
     """
 
-    counts: Array | np.ndarray
-    sums: Array | np.ndarray
-    maximum: Array | np.ndarray
-    minimum: Array | np.ndarray
+    samples: Sequence[Sample]
+    specs: Sequence[Spec]
+    mu: float | None = None
 
 
-class Sample(NamedTuple):
-    """Magnitudes [channels, n], how often each occurs, and the largest, [channels]."""
+class Fit(NamedTuple):
+    """What was found for a group: its mu, and for each of its tensors scales and error.
 
-    magnitudes: Array
-    counts: Array | np.ndarray
-    absmax: Array
+    Attributes:
+      mu: from 0 to 255 where it was fitted.
+      scales: [scales] of each tensor, 1 where all of its values are zero.
+      errors: E/P of each tensor.
+    """
 
-
-def histogram(x: Float[Array, "..."]) -> Histogram:
-    """Returns the histogram of a tensor's magnitudes; NaN is not counted."""
-    x = x.astype(jnp.float32).ravel()
-    magnitudes = jnp.abs(x)
-    index = jax.lax.bitcast_convert_type(magnitudes, jnp.int32) >> _UNUSED_BITS
-    index = jnp.clip(index - _LOWEST_BIN, 0, BINS - 1)
-    known = jnp.isfinite(x)
-    distances = jnp.where(known, magnitudes - _lower_edges(index), 0)
-    index = index + jnp.where(x < 0, BINS, 0)
-    return Histogram(
-        jnp.zeros(2 * BINS, jnp.int32).at[index].add(known.astype(jnp.int32)).reshape(2, BINS),
-        jnp.zeros(2 * BINS, jnp.float32).at[index].add(distances).reshape(2, BINS),
-        jnp.max(x, initial=0.0, where=known),
-        jnp.min(x, initial=0.0, where=known),
-    )
+    mu: float
+    scales: list[np.ndarray]
+    errors: np.ndarray
 
 
-def _lower_edges(index: Array) -> Array:
-    edges = jax.lax.bitcast_convert_type((index + _LOWEST_BIN) << _UNUSED_BITS, jnp.float32)
-    return jnp.where(index == 0, 0, edges)  # all that is smaller, and zero, is in the first bin
-
-
-def merge_histograms(a: Histogram, b: Histogram) -> Histogram:
-    """Returns the histogram of both tensors' values together."""
-    return Histogram(
-        a.counts + b.counts,
-        a.sums + b.sums,
-        np.maximum(a.maximum, b.maximum),
-        np.minimum(a.minimum, b.minimum),
-    )
-
-
-def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
-    """Returns a histogram's sample: the mean magnitude of each bin in use, of one channel."""
-    rows = slice(0, 2 if signed else 1)
-    counts = np.sum(np.asarray(data.counts, np.float64)[rows], 0)
-    sums = np.sum(np.asarray(data.sums, np.float64)[rows], 0)
-    absmax = max(data.maximum, -data.minimum if signed else 0)
-    edges = np.asarray(_lower_edges(jnp.arange(BINS, dtype=jnp.int32)), np.float64)
-    used = np.flatnonzero(counts)
-    # To few lengths, so that the search is compiled few times.
-    padding = max(_MIN_SAMPLE, 1 << (len(used) - 1).bit_length()) - len(used)
-    magnitudes = np.pad(edges[used] + sums[used] / counts[used], (0, padding))
-    return Sample(
-        jnp.asarray(magnitudes, jnp.float32)[None],
-        jnp.asarray(np.pad(counts[used], (0, padding)), jnp.float32)[None],
-        jnp.asarray(absmax, jnp.float32)[None],
-    )
-
-
-def sample_from_tensor(x: Float[Array, "..."], channel_axes: tuple[int, ...] = ()) -> Sample:
-    """Returns a concrete tensor's sample, each index of `channel_axes` being a channel."""
-    if not channel_axes:
-        return sample_from_histogram(jax.jit(histogram)(x), signed=True)
-    magnitudes = jnp.moveaxis(
-        jnp.abs(x.astype(jnp.float32)), channel_axes, range(len(channel_axes))
-    )
-    channels = int(np.prod([x.shape[axis] for axis in channel_axes]))
-    magnitudes = magnitudes.reshape(channels, -1)
-    return Sample(magnitudes, jnp.ones_like(magnitudes), jnp.max(magnitudes, 1, initial=0.0))
-
-
-def fit_group(
-    samples: list[Sample], specs: list[Spec], *, calibration: str = "mse", uniform: bool = False
-) -> tuple[float, list[Array], list[float]]:
-    """Returns the mu that a group of tensors shares, and the scale of each of them.
-
-    mu minimizes sum_t E_t(mu, c_t(mu)) / P_t, P_t being the tensor's power and c_t(mu) its best
-    scale at that mu (calibration "mse") or its largest magnitude ("absmax").
+def fit_groups(
+    groups: Sequence[Group], *, calibration: str = "mse", percentile: float = 99.9
+) -> list[Fit]:
+    """Returns each group's mu and scales.
 
     Args:
-      samples: The tensors.
-      specs: Their quantizers.
-      calibration: "mse" or "absmax".
-      uniform: Whether mu is held at 0.
-
-    Returns:
-      mu, from 0 to 255; scales, [channels] each, 1 where a channel is all zero; and the relative
-      squared errors E_t/P_t that they leave.
+      groups: The tensors.
+      calibration: How scales are found; "mse" and "output" differ in the samples alone.
+      percentile: Of the magnitudes, in (0, 100], for the calibration of that name.
     """
-    best = functools.partial(_best_scales, refine=calibration == "mse")
-    low, high = 0.0, 0.0 if uniform else float(np.log1p(MU_MAX))
-    points = 1 if uniform else _THETA_POINTS
-    bounds = (low, high)
-    for _ in range(1 if uniform else _ZOOMS):
-        thetas = np.linspace(low, high, points)
-        mus = jnp.asarray(np.expm1(thetas), jnp.float32)
-        fits = [best(sample, mus, spec) for sample, spec in zip(samples, specs, strict=True)]
-        errors = np.stack([np.asarray(error, np.float64) for _, error in fits])
-        total = errors.sum(0)
-        winner = int(np.argmax(total <= total.min() + _TIE))
-        step = (high - low) / max(points - 1, 1)
-        low, high = np.clip([thetas[winner] - step, thetas[winner] + step], *bounds)
-    scales = [scale[winner] for scale, _ in fits]
-    return float(mus[winner]), scales, [float(error) for error in errors[:, winner]]
+    fits: dict[int, Fit] = {}
+    for held in (True, False):  # apart, since only one of them is searched
+        chosen = [i for i, group in enumerate(groups) if (group.mu is not None) == held]
+        if chosen:
+            percent = {"absmax": 100.0, "percentile": percentile}.get(calibration)
+            search = _Search([groups[i] for i in chosen], percent)
+            fits |= zip(chosen, search.fits(), strict=True)
+    return [fits[i] for i in range(len(groups))]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "refine"))
-def _best_scales(
-    sample: Sample, mus: Float[Array, "k"], spec: Spec, refine: bool
-) -> tuple[Float[Array, "k channels"], Float[Array, "k"]]:
-    """Returns each mu's best scale per channel, and the error left, relative to the power."""
-    power = jnp.sum(sample.counts * sample.magnitudes**2)
+class _Batch(NamedTuple):
+    """Tensors of one shape and quantizer, one below the other; `tensors` has each scale's."""
 
-    def at_mu(mu: Array) -> tuple[Array, Array]:
-        scale, error = _best_scale(sample, mu, spec, refine)
-        return scale, jnp.where(power > 0, jnp.sum(error) / power, 0)
-
-    return jax.lax.map(at_mu, mus)
+    sample: Sample
+    spec: Spec
+    tensors: np.ndarray
 
 
-def _best_scale(sample: Sample, mu: Array, spec: Spec, refine: bool) -> tuple[Array, Array]:
+class _Data(NamedTuple):
+    """Batches, and the power of each tensor, 1 where it is zero."""
+
+    batches: list[_Batch]
+    powers: np.ndarray
+
+
+class _State(NamedTuple):
+    """Of each group mu and total error, and of each batch, scales and their errors."""
+
+    mus: np.ndarray
+    totals: np.ndarray
+    scales: list[np.ndarray]
+    errors: list[np.ndarray]
+
+
+class _Search:
+    """The search for mu and scales of some groups.
+
+    Args:
+      groups: the groups; mu is held in all of them or in none.
+      percent: the scale is this percentile of the magnitudes; None searches for it.
+    """
+
+    def __init__(self, groups: Sequence[Group], percent: float | None) -> None:
+        self._groups, self._percent = groups, percent
+        self._owners = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
+        batches = _batches(groups)
+        self._tensors = [batch.tensors for batch in batches]
+        self._data = self._with_powers(batches)
+        values = sum(batch.sample.values.size for batch in batches)
+        self._effort = _FINE if values <= _FEW_VALUES else _COARSE
+
+    def fits(self) -> list[Fit]:
+        """Returns the groups' best fits."""
+        if self._groups[0].mu is not None:
+            mus = np.array([group.mu for group in self._groups], np.float64)
+            best = self._at(mus, self._data)
+        else:
+            best = self._search_mu()
+        errors = self._per_tensor(best.errors) / self._data.powers
+        scales = {
+            tensor: scale[tensors == tensor]
+            for tensors, scale in zip(self._tensors, best.scales, strict=True)
+            for tensor in np.unique(tensors)
+        }
+        members = [np.flatnonzero(self._owners == group) for group in range(len(self._groups))]
+        return [
+            Fit(float(mu), [scales[tensor] for tensor in own], errors[own])
+            for mu, own in zip(best.mus, members, strict=True)
+        ]
+
+    def _search_mu(self) -> _State:
+        thetas = self._effort.thetas
+        data = self._with_powers([_thinned(b, self._effort.values) for b in self._data.batches])
+        mus = np.expm1(thetas)[:, None] * np.ones(len(self._groups))
+        coarse = [self._at(mu, data) for mu in mus]
+        order = _basins(np.stack([state.totals for state in coarse]))
+        best = self._at(mus[0], self._data)
+        for winners in order[: self._effort.basins]:
+            state = self._choose(coarse, winners)
+            state = state._replace(totals=np.full_like(state.totals, np.inf))  # of thinned data
+            step = thetas[1]
+            for distance in self._effort.zooms:
+                near = np.exp(distance * np.arange(-2, 3))[:, None]
+                centers = np.log1p(state.mus)
+                for point in _POINTS:
+                    mus = np.expm1(np.clip(centers + point * step, 0, _THETA_MAX))
+                    starts = [near * scales for scales in state.scales]
+                    state = self._better(state, self._at(mus, self._data, starts))
+                step /= 3
+            best = self._better(best, state)
+        return best
+
+    def _better(self, old: _State, new: _State) -> _State:
+        """Returns, for each group, the new state where it is better, else the old one."""
+        return self._choose([old, new], (new.totals < old.totals - _TIE).astype(int))
+
+    def _choose(self, states: Sequence[_State], winners: np.ndarray) -> _State:
+        """Returns, for each group, the state of its winner."""
+
+        def choose(arrays: Sequence[np.ndarray], winners: np.ndarray) -> np.ndarray:
+            return np.take_along_axis(np.stack(arrays), winners[None], 0)[0]
+
+        of_scales = [winners[self._owners[tensors]] for tensors in self._tensors]
+        mus, totals, scales, errors = zip(*states, strict=True)
+        return _State(
+            choose(mus, winners),
+            choose(totals, winners),
+            [choose(*pair) for pair in zip(zip(*scales, strict=True), of_scales, strict=True)],
+            [choose(*pair) for pair in zip(zip(*errors, strict=True), of_scales, strict=True)],
+        )
+
+    def _at(
+        self, mus: np.ndarray, data: _Data, starts: Sequence[np.ndarray] | None = None
+    ) -> _State:
+        """Returns the best scales at a mu for each group, from any or the given [k, scales]."""
+        found = [
+            self._best(batch, mus, None if starts is None else starts[i])
+            for i, batch in enumerate(data.batches)
+        ]
+        scales, errors = [scale for scale, _ in found], [error for _, error in found]
+        relative = self._per_tensor(errors) / data.powers
+        return _State(mus, np.bincount(self._owners, relative, len(mus)), scales, errors)
+
+    def _best(
+        self, batch: _Batch, mus: np.ndarray, starts: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns a batch's best scales, from these [k, scales] or from any, and their errors."""
+        sample, spec = batch.sample, batch.spec
+        own = jnp.asarray(mus[self._owners[batch.tensors]], jnp.float32)
+        descents = 0 if self._percent is not None else _DESCENTS
+        if self._percent is not None:
+            grids = [_percentile(sample, jnp.float32(self._percent))[None]]
+        elif starts is not None:
+            grids = [jnp.asarray(starts, jnp.float32)]
+        else:
+            grids = [_grid(sample, own, jnp.asarray(grid, jnp.float32), spec)
+                     for grid in self._effort.grids]  # fmt: skip
+        found = [_best_scales(sample, own, grid, spec, descents) for grid in grids]
+        scales, errors = (np.stack(arrays) for arrays in zip(*jax.device_get(found), strict=True))
+        winner = errors.argmin(0)[None]
+        return np.take_along_axis(scales, winner, 0)[0], np.take_along_axis(errors, winner, 0)[0]
+
+    def _with_powers(self, batches: list[_Batch]) -> _Data:
+        powers = self._per_tensor([_power(batch.sample) for batch in batches])
+        return _Data(batches, np.where(powers > 0, powers, 1))
+
+    def _per_tensor(self, values: Sequence[Array | np.ndarray]) -> np.ndarray:
+        """Returns sums over each tensor's scales of what is given batch by batch."""
+        sums = np.zeros(len(self._owners))
+        for tensors, value in zip(self._tensors, values, strict=True):
+            np.add.at(sums, tensors, np.asarray(value, np.float64))
+        return sums
+
+
+def _thinned(batch: _Batch, values: int) -> _Batch:
+    """Returns a batch with every k-th of the values, so that at least so many are left."""
+    sample = batch.sample
+    stride = max(sample.values.shape[1] // values, 1) if sample.counted else 1
+    return batch._replace(
+        sample=sample._replace(
+            values=sample.values[:, ::stride],
+            weights=sample.weights[:, ::stride] if sample.counted else sample.weights,
+        )
+    )
+
+
+def _basins(totals: np.ndarray) -> np.ndarray:
+    """Returns indices of [thetas, groups], the best first, those of local minima before all."""
+    padded = np.pad(totals, ((1, 1), (0, 0)), constant_values=np.inf)
+    minimal = (totals <= padded[:-2]) & (totals <= padded[2:])
+    return np.lexsort((totals, ~minimal), axis=0)
+
+
+def _batches(groups: Sequence[Group]) -> list[_Batch]:
+    pairs = [pair for group in groups for pair in zip(group.samples, group.specs, strict=True)]
+    alike: dict = {}
+    for tensor, (sample, spec) in enumerate(pairs):
+        key = (sample.values.shape[1], sample.weights.shape[1]) if sample.counted else tensor
+        alike.setdefault((key, spec), []).append(tensor)
+    batches = []
+    for (_, spec), tensors in alike.items():
+        samples = [pairs[tensor][0] for tensor in tensors]
+        joined = Sample(*map(jnp.concatenate, zip(*samples, strict=True)))
+        counts = [len(sample.absmax) for sample in samples]
+        batches.append(_Batch(joined, spec, np.repeat(tensors, counts)))
+    return batches
+
+
+@jax.jit
+def _power(sample: Sample) -> Array:
+    return sample.inner(sample.values, sample.values)
+
+
+@jax.jit
+def _percentile(sample: Sample, percent: Float[Array, ""]) -> Float[Array, "scales"]:
+    """Returns the smallest magnitude that at least so many percent do not exceed, or the largest.
+
+    The largest is also taken where the percentile is zero.
+    """
+    magnitudes = jnp.abs(sample.values)
+    order = jnp.argsort(magnitudes, 1)
+    counts = jnp.broadcast_to(sample.weights, magnitudes.shape)
+    below = jnp.cumsum(jnp.take_along_axis(counts, order, 1), 1)
+    enough = below >= below[:, -1:] * (percent / 100) * (1 - 1e-6)  # to the sum's rounding
+    rank = jnp.argmax(enough, 1)
+    scale = jnp.take_along_axis(magnitudes, jnp.take_along_axis(order, rank[:, None], 1), 1)[:, 0]
+    scale = jnp.where((percent >= 100) | (scale == 0), sample.absmax, scale)
+    return jnp.where(scale > 0, scale, 1)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _grid(
+    sample: Sample, mus: Float[Array, "scales"], exponents: Float[Array, "k"], spec: Spec
+) -> Float[Array, "k scales"]:
+    """Returns scales to start from, by exponent: at 0 the largest magnitude has the top level."""
     absmax = jnp.where(sample.absmax > 0, sample.absmax, 1)
-    if not refine:
-        return absmax, _squared_error(sample, mu, absmax, spec)
     # A midrise grid's top level lies below the scale; at this scale it is the largest magnitude.
     top = 1 - 0.5 / spec.steps if spec.midrise else 1.0
-    highest = absmax / mu_law_expand(jnp.full_like(mu, top), mu)
-    mean = jnp.sum(sample.counts * sample.magnitudes, 1) / jnp.maximum(
-        jnp.sum(jnp.where(sample.magnitudes > 0, sample.counts, 0), 1), 1
-    )
-    lowest = jnp.where(mean > 0, jnp.minimum(0.25 * mean, 0.5 * highest), 0.5 * highest)
-    lowest = jnp.maximum(lowest, highest * 2.0**-12)
-    offsets = jnp.linspace(-1.0, 1.0, _SCALE_POINTS, dtype=jnp.float32)[:, None]
+    highest = absmax / mu_law_expand(jnp.full_like(mus, top), mus)
+    mean = _mean_magnitude(sample)
+    lowest = jnp.clip(0.25 * mean, highest * 2.0**-12, highest / 2)
+    return highest[None] * (lowest / highest)[None] ** exponents[:, None]
 
-    def zoom(_: Array, state: tuple) -> tuple:
-        center, span, scale, _ = state
-        # The scale found so far, unrounded by exp(log(c)): a constant tensor is exact there.
-        candidates = jnp.concatenate([jnp.exp(center[None] + offsets * span[None]), scale[None]])
-        candidates = jnp.minimum(candidates, highest[None])
-        errors = jax.lax.map(lambda c: _squared_error(sample, mu, c, spec), candidates)
-        scale = jnp.take_along_axis(candidates, jnp.argmin(errors, 0)[None], 0)[0]
-        return jnp.log(scale), span * 2 / (_SCALE_POINTS - 1), scale, jnp.min(errors, 0)
 
-    span = (jnp.log(highest) - jnp.log(lowest)) / 2
-    start = (jnp.log(highest) - span, span, highest, jnp.zeros_like(highest))
-    _, _, scale, error = jax.lax.fori_loop(0, _ZOOMS, zoom, start)
+def _mean_magnitude(sample: Sample) -> Float[Array, "scales"]:
+    """Returns the mean of the magnitudes that are not zero; 0 where there are none."""
+    magnitudes = jnp.abs(sample.values)
+    counts = jnp.where(magnitudes > 0, sample.weights if sample.counted else 1.0, 0.0)
+    sums, counts = jnp.sum(counts * magnitudes, 1), jnp.sum(counts, 1)
+    if len(sample.absmax) < len(sums):
+        sums, counts = jnp.sum(sums, keepdims=True), jnp.sum(counts, keepdims=True)
+    return sums / jnp.maximum(counts, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "descents"))
+def _best_scales(
+    sample: Sample,
+    mus: Float[Array, "scales"],
+    starts: Float[Array, "k scales"],
+    spec: Spec,
+    descents: int,
+) -> tuple[Float[Array, "scales"], Float[Array, "scales"]]:
+    """Returns the best scales that were met, going on from the best start, and their errors."""
+
+    def attempt(scale: Array) -> tuple[Array, Array, Array]:
+        quantized = fake_quantize(
+            sample.values, mus[:, None], scale[:, None],
+            bits=spec.bits, signed=spec.signed, grid=spec.grid,
+        )  # fmt: skip
+        # Computed once for the three sums.
+        quantized = jax.lax.optimization_barrier(quantized)
+        residual = sample.values - quantized
+        error = sample.inner(residual, residual)
+        gain, power = sample.inner(residual, quantized), sample.inner(quantized, quantized)
+        step = jnp.where(power > 0, gain / jnp.where(power > 0, power, 1), 0)
+        return error, scale * jnp.maximum(1 + step, 0.5), error - step * gain
+
+    errors, onward, bounds = jax.lax.map(attempt, starts)
+    best, lowest = jnp.argmin(errors, 0)[None], jnp.argmin(bounds, 0)[None]
+
+    def descend(_: Array, state: tuple) -> tuple:
+        scale, error, onward = state
+        new, further, _ = attempt(onward)
+        return jnp.where(new < error, onward, scale), jnp.minimum(new, error), further
+
+    state = [jnp.take_along_axis(a, i, 0)[0]
+             for a, i in ((starts, best), (errors, best), (onward, lowest))]  # fmt: skip
+    scale, error, _ = jax.lax.fori_loop(0, descents, descend, tuple(state))
     return jnp.where(sample.absmax > 0, scale, 1), error
-
-
-def _squared_error(sample: Sample, mu: Array, scale: Array, spec: Spec) -> Array:
-    quantized = fake_quantize(
-        sample.magnitudes, mu, scale[:, None], bits=spec.bits, signed=spec.signed, grid=spec.grid
-    )
-    return jnp.sum(sample.counts * (sample.magnitudes - quantized) ** 2, 1)

@@ -26,15 +26,22 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 from compand_jax.calls import remember_call
+from compand_jax.unrolling import Unrolling, unrolling_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What a visitor is told about a layer: its site's name, its class and its output axes."""
+    """What a visitor is told about a layer.
+
+    Attributes:
+      site: its name.
+      channel_axes: the weight's output axes, from the end.
+      unrolling: how it is a matrix product, or None where it is not known to be one.
+    """
 
     site: str
-    kind: str
     channel_axes: tuple[int, ...]
+    unrolling: Unrolling | None = None
 
 
 @runtime_checkable
@@ -113,7 +120,7 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
         if promote is None or isinstance(promote, _Promotion) or context.method_name == "setup":
             return next_fun(*args, **kwargs)
         layer = Layer(
-            "/".join(module.path), type(module).__name__, _channel_axes(module, args, kwargs)
+            "/".join(module.path), _channel_axes(module, args, kwargs), unrolling_of(module)
         )
         promotion = _Promotion(visitor, layer, promote)
         object.__setattr__(module, "promote_dtype", promotion)
@@ -167,6 +174,7 @@ class Observer:
     Args:
       activation: Called with an activation; what it returns (a tree of arrays) is recorded.
       weight: Called with a weight, likewise.
+      moments: Called with a layer, its input and its weight, likewise; None is not recorded.
       at_output: Whether a site's activation is its output, instead of its input.
 
     Values of the trace that the observer was made in are kept as they are, in `traced`, for the
@@ -180,17 +188,20 @@ class Observer:
         *,
         activation: Callable[[Array], Any] | None = None,
         weight: Callable[[Array], Any] | None = None,
+        moments: Callable[[Layer, Array, Array], Any] | None = None,
         at_output: bool = False,
     ) -> None:
         self._functions = {"activation": activation, "weight": weight}
+        self._moments = moments
         self._at_output = at_output
         self._trace = current_trace()
         self.layers: dict[str, Layer] = {}
         self.weight_shapes: dict[str, tuple[int, ...]] = {}
         self.activations: set[str] = set()
         self.last_site: str | None = None
-        self.traced: dict[str, dict[str, list]] = {"activation": {}, "weight": {}}
-        self.called_back: dict[str, dict[str, list]] = {"activation": {}, "weight": {}}
+        kinds = ("activation", "weight", "moments")
+        self.traced: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
+        self.called_back: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
 
     def operands(
         self, layer: Layer, activation: Array | None, weight: Array
@@ -199,28 +210,32 @@ class Observer:
         self.layers.setdefault(layer.site, layer)
         self.weight_shapes.setdefault(layer.site, weight.shape)
         self.last_site = layer.site
-        self._record("weight", layer.site, weight)
+        self._compute("weight", layer.site, weight)
         if activation is not None and not self._at_output:
-            self._record("activation", layer.site, activation)
+            self._compute("activation", layer.site, activation)
+        if activation is not None and self._moments is not None:
+            self._record("moments", layer.site, self._moments(layer, activation, weight))
         return activation, weight
 
     def output(self, layer: Layer, output: Array) -> Array:
         """Records the layer's output, where activations are taken there."""
         if self._at_output:
-            self._record("activation", layer.site, output)
+            self._compute("activation", layer.site, output)
         return output
 
     def values(self, what: str, site: str) -> list:
-        """Returns what was recorded of a site's "activation" or "weight", wherever it ran."""
+        """Returns what was recorded of a site's "activation", "weight" or "moments"."""
         return self.traced[what].get(site, []) + self.called_back[what].get(site, [])
 
-    def _record(self, what: str, site: str, x: Array) -> None:
+    def _compute(self, what: str, site: str, x: Array) -> None:
         if what == "activation":
             self.activations.add(site)
-        function = self._functions[what]
-        if function is None:
+        if (function := self._functions[what]) is not None:
+            self._record(what, site, function(x))
+
+    def _record(self, what: str, site: str, value: Any) -> None:
+        if value is None:
             return
-        value = function(x)
         if current_trace() == self._trace:
             values = self.traced[what].setdefault(site, [])
             if what == "weight":  # the same in every call, but that WeightNorm's init has a raw one

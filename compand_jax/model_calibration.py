@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,29 +11,50 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compand_jax import parametrization as par
-from compand_jax.calibration import (
+from compand_jax.calibration import Group, fit_groups
+from compand_jax.config import QuantConfig
+from compand_jax.error_feedback import round_with_feedback
+from compand_jax.interception import Layer, Observer, intercept_layers
+from compand_jax.samples import (
     Histogram,
     Sample,
-    fit_group,
     histogram,
     merge_histograms,
     sample_from_histogram,
-    sample_from_tensor,
+    sample_from_moments,
+    sample_from_weights,
 )
-from compand_jax.config import QuantConfig
-from compand_jax.interception import Observer, intercept_layers
 from compand_jax.sites import Site
+from compand_jax.unrolling import Unrolling
+
+# A float32 matrix of second moments of so many inputs takes 256 MB.
+_MOST_INPUTS = 8192
 
 
 @dataclasses.dataclass
 class Observations:
-    """What was seen of a model: the observers, weights as used, histograms of activations."""
+    """What was seen of a model.
+
+    Attributes:
+      observers: what saw it, one for each trace.
+      weights: by site, as they are used: one, or those of a stack of layers.
+      activations: by site, their histogram.
+      moments: by site, the second moments of a layer's inputs, [groups, n, n], where asked for.
+    """
 
     observers: list[Observer] = dataclasses.field(default_factory=list)
     weights: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
     activations: dict[str, Histogram] = dataclasses.field(default_factory=dict)
+    moments: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def unrolled(self, site: str) -> Unrolling | None:
+        """Returns how a site is a product with inputs whose moments are known, or None."""
+        if site not in self.moments or len(self.weights[site]) != 1:
+            return None  # the moments of a stack's layers cannot be told apart
+        return self.observers[0].layers[site].unrolling
 
     def add(self, traced: dict[str, dict[str, list]]) -> None:
         """Takes over one batch: what the observed function returned, and what it called back."""
@@ -46,6 +68,8 @@ class Observations:
                 value = Histogram(*(np.asarray(leaf, np.float64) for leaf in value))
                 seen = self.activations.get(site)
                 self.activations[site] = value if seen is None else merge_histograms(seen, value)
+        for site, values in traced["moments"].items():
+            self.moments[site] = sum(map(np.asarray, values), self.moments.get(site, np.float32(0)))
         for site, values in traced["weight"].items():
             if not self.weights.get(site):  # the same in every batch
                 self.weights[site] = [np.asarray(value) for value in values]
@@ -58,8 +82,17 @@ def observe(
     model_kwargs: Mapping[str, Any],
     *,
     at_output: bool,
+    moments: bool,
 ) -> Observations:
     """Returns what is seen of the full-precision model over the batches, in one pass.
+
+    Args:
+      model: the Linen module.
+      variables: its collections.
+      batches: as `QuantizedModel.calibrate`.
+      model_kwargs: further arguments of the model's `apply`.
+      at_output: whether a layer's activation is its output.
+      moments: whether the second moments of the layers' inputs are taken.
 
     Raises:
       ValueError: there are no batches, a layer ran on none of them, or a weight is not finite.
@@ -67,7 +100,12 @@ def observe(
     seen = Observations()
 
     def run(variables: Mapping, args: tuple) -> dict:
-        observer = Observer(activation=histogram, weight=lambda w: w, at_output=at_output)
+        observer = Observer(
+            activation=histogram,
+            weight=lambda w: w,
+            moments=_moments if moments else None,
+            at_output=at_output,
+        )
         seen.observers.append(observer)
         with intercept_layers(model, observer) as intercepted:
             intercepted.apply(variables, *args, **model_kwargs)
@@ -95,50 +133,95 @@ def as_arguments(batch: Any) -> tuple:
     return tuple(batch) if isinstance(batch, tuple) else (batch,)
 
 
+def _moments(layer: Layer, activation: jax.Array, weight: jax.Array) -> jax.Array | None:
+    unrolling = layer.unrolling
+    if unrolling is None or unrolling.inputs(weight.shape) > _MOST_INPUTS:
+        return None
+    return unrolling.moments(activation, weight.shape)
+
+
 def fit_parameters(
-    config: QuantConfig, sites: Mapping[str, Site], seen: Observations, calibration: str
+    config: QuantConfig,
+    sites: Mapping[str, Site],
+    seen: Observations,
+    calibration: str,
+    percentile: float,
 ) -> dict[str, Any]:
     """Returns the collection "compand": every mu and scale, fitted to what was observed.
 
     Operands that share a mu are fitted together; the three mu scopes differ in nothing else.
     """
-    groups: dict[Any, list[tuple[str, str]]] = {}
+    members: dict[Any, list[tuple[str, str]]] = {}
     for name, site in sites.items():
         for operand in site.operands():
             path = par.mu_path(name, operand, config)
-            groups.setdefault(path or (name, operand), []).append((name, operand))
-    compand: dict = {}
-    for members in groups.values():
-        path = par.mu_path(*members[0], config)
-        mu, scales, _ = fit_group(
-            [_sample(sites, seen, name, operand) for name, operand in members],
-            [sites[name].spec(operand) for name, operand in members],
-            calibration=calibration,
-            uniform=path is None,
+            members.setdefault(path or (name, operand), []).append((name, operand))
+    groups = [
+        Group(
+            [_sample(sites[name], seen, name, operand, calibration) for name, operand in group],
+            [sites[name].spec(operand) for name, operand in group],
+            None if par.mu_path(*group[0], config) else 0.0,
         )
-        if path is not None:
-            par.set_leaf(compand, path, par.theta_from_mu(mu))
-        for (name, operand), scale in zip(members, scales, strict=True):
-            if operand == "weight":
-                scale = scale.reshape(sites[name].scale_shape(seen.weights[name][0].shape))
-            else:
-                scale = scale.reshape(())
+        for group in members.values()
+    ]
+    fits = fit_groups(groups, calibration=calibration, percentile=percentile)
+    compand: dict = {}
+    for group, fit in zip(members.values(), fits, strict=True):
+        if (path := par.mu_path(*group[0], config)) is not None:
+            par.set_leaf(compand, path, par.theta_from_mu(fit.mu))
+        for (name, operand), scales in zip(group, fit.scales, strict=True):
+            scale = jnp.asarray(scales, jnp.float32)
+            shape = sites[name].scale_shape(seen.weights[name][0].shape)
+            scale = scale.reshape(shape if operand == "weight" else ())
             par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
     return compand
 
 
-def _sample(sites: Mapping[str, Site], seen: Observations, name: str, operand: str) -> Sample:
+def _sample(site: Site, seen: Observations, name: str, operand: str, calibration: str) -> Sample:
     if operand == "act":
-        return sample_from_histogram(seen.activations[name], sites[name].act_signed)
-    samples = [
-        sample_from_tensor(jnp.asarray(weight), sites[name].scale_axes)
-        for weight in seen.weights[name]
-    ]
-    return Sample(
-        jnp.concatenate([sample.magnitudes for sample in samples], 1),
-        jnp.concatenate([sample.counts for sample in samples], 1),
-        jnp.max(jnp.stack([sample.absmax for sample in samples]), 0),
-    )
+        return sample_from_histogram(seen.activations[name], site.act_signed)
+    unrolling = seen.unrolled(name)
+    if calibration != "output" or unrolling is None:
+        return sample_from_weights(seen.weights[name], site.scale_axes)
+    rows = unrolling.rows(jnp.asarray(seen.weights[name][0]))
+    return sample_from_moments(rows, seen.moments[name], per_row=bool(site.scale_axes))
+
+
+def feed_errors_back(
+    params: Mapping[str, Any],
+    quantizers: Mapping[str, Mapping[str, jax.Array]],
+    sites: Mapping[str, Site],
+    seen: Observations,
+) -> dict[str, Any]:
+    """Returns `params` with kernels on levels, rounded by `round_with_feedback`.
+
+    Left as they are: kernels whose layer is not a matrix product with known inputs, and those
+    that are not used as they are stored (under WeightNorm, or a mask).
+    """
+    flat = dict(flatten_dict(params))
+    for name, found in quantizers.items():
+        path = (*filter(None, name.split("/")), "kernel")
+        unrolling = seen.unrolled(name)
+        if "weight_scale" not in found or unrolling is None or path not in flat:
+            continue
+        kernel = seen.weights[name][0]
+        if not np.array_equal(kernel, nn.meta.unbox(flat[path])):
+            continue
+        rows = unrolling.rows(jnp.asarray(kernel, jnp.float32))
+        rounded = jax.vmap(
+            functools.partial(round_with_feedback, spec=sites[name].spec("weight")),
+            in_axes=(0, 0, None, 0),
+        )(
+            rows,
+            jnp.asarray(seen.moments[name], jnp.float32),
+            found["weight_mu"],
+            jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size).reshape(
+                rows.shape[:2]
+            ),
+        )
+        rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
+        flat[path] = nn.meta.replace_boxed(flat[path], rounded)
+    return unflatten_dict(flat)
 
 
 def estimate_batch_stats(

@@ -27,7 +27,12 @@ from compand_jax.interception import (
     layers_run,
     require_reached,
 )
-from compand_jax.model_calibration import estimate_batch_stats, fit_parameters, observe
+from compand_jax.model_calibration import (
+    estimate_batch_stats,
+    feed_errors_back,
+    fit_parameters,
+    observe,
+)
 from compand_jax.quantizers import fake_quantize
 from compand_jax.sites import (
     Site,
@@ -153,42 +158,68 @@ class QuantizedModel:
         batches: Iterable,
         *,
         calibration: str = "mse",
+        percentile: float = 99.9,
+        error_feedback: bool = False,
         batch_stats: bool = False,
         **model_kwargs: Any,
     ) -> tuple["QuantizedModel", dict[str, Any]]:
         """Returns this model with its activations' signs found, and mu and scale from data.
 
         The full-precision model runs once over the batches; what is kept of an activation is a
-        histogram, whatever the number of batches.
+        histogram, whatever the number of batches. mu minimizes the squared error, relative to the
+        power and summed over what shares it, at the scales that the calibration gives:
+
+          "mse": of the least squared error.
+          "absmax": the largest magnitude.
+          "percentile": the magnitude that `percentile` percent do not exceed.
+          "output": a weight's of the least squared error of its layer's output (of Dense,
+            DenseGeneral and Conv, outside of scan and vmap), anything else's as "mse".
 
         Args:
           variables: The model's collections; an existing "compand" is replaced.
           batches: Iterable of batches, a batch being the model's argument or a tuple of them.
-          calibration: "mse" (mu and scale of the least squared error) or "absmax" (scale the
-            largest magnitude, mu of the least squared error at it).
+          calibration: "mse", "absmax", "percentile" or "output".
+          percentile: Of the magnitudes, in (0, 100].
+          error_feedback: Whether weights are rounded one input at a time, those that are still to
+            be rounded making up for the error at the layer's output; of the same layers as
+            "output". The kernels in "params" are then levels of their quantizers.
           batch_stats: Whether to estimate the batch norms' statistics, where there are any, anew
             afterwards, under quantization, as the mean over the batches. The batches are then
-            kept in memory.
+            gone through twice, and kept in memory if they are an iterator.
           **model_kwargs: Further arguments of the model's `apply`, such as `train=False`.
 
         Raises:
-          ValueError: there are no batches, a weight is not finite, a rule matches no site, or
-            activations of one bit have a sign.
+          ValueError: there are no batches, a weight is not finite, a rule matches no site,
+            activations of one bit have a sign, or an argument is out of its range.
+
+        Source: the layer output's error after Nagel et al., "Up or down? Adaptive rounding for
+        post-training quantization", ICML 2020; error feedback after GPTQ (`error_feedback`).
         """
         require_choice("calibration", calibration, CALIBRATIONS)
+        if not 0 < percentile <= 100:
+            raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
         rest = {name: value for name, value in variables.items() if name != "compand"}
-        if batch_stats:
+        if batch_stats and iter(batches) is batches:
             batches = list(batches)
-        at_output = self.config.act_site == "output"
-        seen = observe(self.model, rest, batches, model_kwargs, at_output=at_output)
+        seen = observe(
+            self.model,
+            rest,
+            batches,
+            model_kwargs,
+            at_output=self.config.act_site == "output",
+            moments=error_feedback or calibration == "output",
+        )
         sites = sites_from_observers(self.config, seen.observers)
         if self.config.act_signed is None:
             for name, data in seen.activations.items():
                 sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
         check_signs(sites)
         qmodel = dataclasses.replace(self, sites=FrozenDict(sites))
-        compand = fit_parameters(self.config, sites, seen, calibration)
+        compand = fit_parameters(self.config, sites, seen, calibration, percentile)
         result = {**rest, "compand": compand}
+        if error_feedback and "params" in rest:
+            quantizers = qmodel.quantizers(result)
+            result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
         if batch_stats and "batch_stats" in rest:
             result["batch_stats"] = estimate_batch_stats(
                 qmodel.apply, result, batches, model_kwargs

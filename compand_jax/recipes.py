@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from compand_jax.calibration import CALIBRATIONS
 from compand_jax.config import QuantConfig, Rule
 from compand_jax.data import DATASETS
 from compand_jax.models import BLOCK_ORDERS, MODELS
@@ -15,7 +16,6 @@ FULL_PRECISION = "full_precision"
 CONTROL = "full_precision_continued"
 METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
 DTYPES = ("float32", "bfloat16", "float16")
-CALIBRATIONS = ("mse", "absmax")
 DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir")
 # What changes no result but for rounding, so that a run may go on with another value.
 FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", *DIRECTORY_FIELDS)
@@ -74,7 +74,8 @@ class RunConfig:
     flip: bool = False
     """Augmentation: whether images are mirrored at random."""
     calibration: str = "mse"
-    """How mu and scale are found before they are learned: mse or absmax."""
+    """How mu and scale are found before they are learned: mse, absmax, percentile or
+    output (see `QuantizedModel.calibrate`)."""
     calibration_batches: int = 4
     """Training batches that are used for calibration."""
     quant: QuantConfig = field(default_factory=QuantConfig)

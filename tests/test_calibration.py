@@ -9,9 +9,10 @@ import oracle
 import pytest
 from scipy import special, stats
 
-from compand_jax import calibration
-from compand_jax.calibration import fit_group, histogram, merge_histograms, sample_from_tensor
+from compand_jax import samples
+from compand_jax.calibration import Group, fit_groups
 from compand_jax.codebooks import Spec
+from compand_jax.samples import histogram, merge_histograms, sample_from_weights
 
 SIZE = 10_000
 P = (np.arange(SIZE) + 0.5) / SIZE
@@ -38,9 +39,14 @@ def source(name, size=None):
 
 def sample(x, spec=FOUR, channel_axes=()):
     if channel_axes:
-        return sample_from_tensor(jnp.asarray(x), channel_axes)
+        return sample_from_weights([jnp.asarray(x)], channel_axes)
     seen = jax.device_get(jax.jit(histogram)(jnp.asarray(x)))
-    return calibration.sample_from_histogram(seen, spec.signed)
+    return samples.sample_from_histogram(seen, spec.signed)
+
+
+def fit_group(group_samples, specs, *, uniform=False, **kwargs):
+    (fit,) = fit_groups([Group(group_samples, specs, 0.0 if uniform else None)], **kwargs)
+    return fit
 
 
 def squared_error(x, mu, scale, spec):
@@ -187,23 +193,23 @@ def test_a_histogram_counts_by_sign_and_magnitude():
     assert seen.counts.sum(1).tolist() == [5, 2]
     assert (seen.counts > 0).sum() == 6
     assert (seen.maximum, seen.minimum) == (np.float32(1e20), -1)
-    kept = calibration.sample_from_histogram(seen, True)
+    kept = samples.sample_from_histogram(seen, True)
     found = {
         float(m): int(n)
-        for m, n in zip(np.asarray(kept.magnitudes[0]), np.asarray(kept.counts[0]), strict=True)
+        for m, n in zip(np.asarray(kept.values[0]), np.asarray(kept.weights[0]), strict=True)
         if n
     }
     tiny = min(found)
     assert 0 < tiny < 1e-20  # among the zeros
     assert found == {tiny: 2, 1.0: 3, 3.0: 1, float(np.float32(1e20)): 1}
-    unsigned = calibration.sample_from_histogram(seen, False)
-    assert int(unsigned.counts.sum()) == 5
+    unsigned = samples.sample_from_histogram(seen, False)
+    assert int(unsigned.weights.sum()) == 5
 
 
 def test_a_histogram_keeps_the_mean_of_each_bin():
     x = np.abs(source("student"))
-    kept = calibration.sample_from_histogram(jax.device_get(histogram(jnp.asarray(x))), True)
-    counts, magnitudes = (np.asarray(a[0], np.float64) for a in (kept.counts, kept.magnitudes))
+    kept = samples.sample_from_histogram(jax.device_get(histogram(jnp.asarray(x))), True)
+    counts, magnitudes = (np.asarray(a[0], np.float64) for a in (kept.weights, kept.values))
     assert counts.sum() == SIZE
     assert np.sum(counts * magnitudes) == pytest.approx(np.sum(x.astype(np.float64)), rel=1e-6)
     assert np.sum(counts * magnitudes**2) == pytest.approx(
@@ -214,7 +220,7 @@ def test_a_histogram_keeps_the_mean_of_each_bin():
 def test_a_million_equal_values_stay_what_they_are():
     x = np.full(1_000_003, 0.1, np.float32)
     kept = sample(x)
-    assert float(kept.magnitudes[0].max()) == pytest.approx(0.1, rel=1e-5)
+    assert float(kept.values[0].max()) == pytest.approx(0.1, rel=1e-5)
     for value in (0.1, 0.3, 0.7, 1.7, 100.3):  # nothing is to be gained by a mu
         mu, (scale,), _ = fit_group([sample(value * x)], [FOUR])
         assert mu == 0

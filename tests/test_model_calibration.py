@@ -23,8 +23,9 @@ from small_models import (
 )
 
 import compand_jax as cj
-from compand_jax.calibration import fit_group, sample_from_tensor
+from compand_jax.calibration import Group, fit_groups
 from compand_jax.codebooks import Spec
+from compand_jax.samples import sample_from_weights
 from compand_jax.sites import sites_from_json, sites_to_json
 
 X = normal(5, 4)
@@ -65,8 +66,9 @@ def test_mu_and_scale_are_fitted_to_what_the_layers_see(scope, calibration):
     groups = {"single": lambda key: 0, "separate": lambda key: key[1], "per_layer": lambda key: key}
     for group in {groups[scope](key) for key in tensors}:
         members = [key for key in tensors if groups[scope](key) == group]
-        samples = [sample_from_tensor(tensors[key]) for key in members]
-        mu, scales, _ = fit_group(samples, [THREE] * len(members), calibration=calibration)
+        samples = [sample_from_weights([tensors[key]]) for key in members]
+        specs = [THREE] * len(members)
+        ((mu, scales, _),) = fit_groups([Group(samples, specs)], calibration=calibration)
         for (site, operand), (scale,) in zip(members, scales, strict=True):
             assert float(found[site][f"{operand}_mu"]) == pytest.approx(mu, rel=1e-3, abs=1e-3)
             assert float(found[site][f"{operand}_scale"]) == pytest.approx(float(scale), rel=1e-3)
