@@ -5,6 +5,8 @@ from compand_jax.companding import mu_law_compress as mu_law_compress
 from compand_jax.companding import mu_law_expand as mu_law_expand
 from compand_jax.config import QuantConfig as QuantConfig
 from compand_jax.config import Rule as Rule
+from compand_jax.frozen_model import FrozenModel as FrozenModel
+from compand_jax.frozen_model import load_frozen as load_frozen
 from compand_jax.partition import partition_optimizer as partition_optimizer
 from compand_jax.quantized_model import QuantizedModel as QuantizedModel
 from compand_jax.quantized_model import quantize_model as quantize_model

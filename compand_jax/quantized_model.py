@@ -17,7 +17,10 @@ from jaxtyping import Array
 
 from compand_jax import parametrization as par
 from compand_jax.calibration import CALIBRATIONS
+from compand_jax.calls import abstract_call, remembered_calls
 from compand_jax.config import QuantConfig, require_choice
+from compand_jax.freezing import freeze
+from compand_jax.frozen_model import FrozenModel
 from compand_jax.interception import (
     Layer,
     Observer,
@@ -263,6 +266,31 @@ class QuantizedModel:
             result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
         return qmodel, result
 
+    def freeze(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> FrozenModel:
+        """Returns the model for inference alone: packed codes and tables instead of kernels.
+
+        A layer that computes its weight from its parameters (WeightNorm) is frozen with what it
+        computes. To find it, the model is run on zeros: of the arguments' shapes or, without
+        any, of those that the model was last called with.
+
+        Args:
+          variables: As `apply`'s.
+          *args: Arguments of the model, of which only shapes count.
+          **kwargs: Further ones, such as `train=False`.
+
+        Returns:
+          A `FrozenModel`, whose `apply(*args, **kwargs)` returns what this model's jitted `apply`
+          returns on the same backend, to the last bit.
+
+        Raises:
+          ValueError: "compand" is missing, or a weight is not finite, in float64, or differs
+            between the layers of a stack that compute it from their parameters.
+        """
+        _compand(variables)
+        given = {kwargs.pop("method", "__call__"): abstract_call(args, kwargs)} if args else {}
+        calls = given or remembered_calls(self.model)
+        return freeze(self.model, self.config, variables, self.site, calls)
+
     def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """Returns {site: {"weight_mu", "weight_scale", "act_mu", "act_scale"}}.
 
@@ -357,13 +385,26 @@ class _Quantizer:
         mu, scale = parameters
         spec = site.spec(operand)
         if config.scale_gradient == "lsq":
-            scale = _scale_gradient(scale, 1 / math.sqrt(x.size * spec.steps))
+            factor = 1 / math.sqrt(x.size * spec.steps)
+            scale = jnp.asarray(_scale_gradient(scale, factor))
         return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _scale_gradient(x: Array, factor: float) -> Array:
-    """Returns x; its gradient is multiplied by the factor."""
-    return jax.lax.stop_gradient(x * (1 - factor)) + x * factor
+    """Returns x, to the last bit; its gradient is multiplied by the factor."""
+    return x
+
+
+def _scale_gradient_fwd(x: Array, factor: float) -> tuple[Array, None]:
+    return x, None
+
+
+def _scale_gradient_bwd(factor: float, _: None, cotangent: Array) -> tuple[Array]:
+    return (cotangent * factor,)
+
+
+_scale_gradient.defvjp(_scale_gradient_fwd, _scale_gradient_bwd)
 
 
 def _unstacked(own: Array | None, shape: tuple[int, ...]) -> Array:

@@ -17,13 +17,13 @@ _HEADER = (
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
     "act bits", "act mu", "act scale", "act signed",
 )  # fmt: skip
-_WEIGHT_NAMES = ("kernel", "embedding")
+WEIGHT_NAMES = ("kernel", "embedding")
 
 
 def site_weight(params: Mapping[str, Any], name: str) -> Any:
     """Returns the weight under a site's module path in `params`; None where it has another name."""
     module = par.get_leaf(nn.meta.unbox(params), par.site_path(name)) or {}
-    return next((module[key] for key in _WEIGHT_NAMES if key in module), None)
+    return next((module[key] for key in WEIGHT_NAMES if key in module), None)
 
 
 def summarize(
@@ -39,7 +39,7 @@ def summarize(
         for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
         if np.ndim(leaf) > 1 and "/".join(key.key for key in path[:-1]) not in quantized
     ]
-    return f"{_align([_HEADER, *rows])}\nweights not quantized: {', '.join(left) or 'none'}"
+    return f"{align([_HEADER, *rows])}\nweights not quantized: {', '.join(left) or 'none'}"
 
 
 def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tuple[str, ...]:
@@ -80,7 +80,8 @@ def _range(values: Any) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
 
 
-def _align(rows: list[tuple[str, ...]]) -> str:
+def align(rows: list[tuple[str, ...]]) -> str:
+    """Returns rows as lines, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

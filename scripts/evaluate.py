@@ -1,4 +1,4 @@
-"""Prints the test accuracy of a run's finished stages, from their checkpoints alone."""
+"""Prints the test accuracy of a run's finished stages, or of a file that export.py wrote."""
 
 import dataclasses
 import sys
@@ -8,23 +8,29 @@ from typing import Annotated
 import tyro
 from command_line import parse, run_script
 
+from compand_jax.artifacts import count_correct, load_predictor
 from compand_jax.data import load_data
 from compand_jax.experiments import evaluate_stage, finished_stages, read_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Prints the test accuracy of a run's finished stages, from their checkpoints alone."""
+    """Prints the test accuracy of a run's finished stages, or of a file that export.py wrote."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """A run's directory, or that of one of its stages."""
+    """A run's directory, that of one of its stages, or a file: .safetensors, .stablehlo, .onnx."""
     data_dir: Path | None = None
-    """Directory of the prepared data sets; left out, the run's."""
+    """Directory of the prepared data sets; left out, the run's, or data for a file."""
 
 
 def main(args: list[str]) -> None:
     """Prints a line `stage: correct/total = percent` for each stage."""
     options = parse(Args, args)
+    if options.run_dir.is_file():
+        predict, name = load_predictor(options.run_dir)
+        data = load_data(name, options.data_dir or "data")
+        _print(options.run_dir.name, count_correct(predict, data), len(data.test_labels))
+        return
     run_dir, only = options.run_dir, None
     if not (run_dir / "config.json").is_file() and (run_dir.parent / "config.json").is_file():
         run_dir, only = run_dir.absolute().parent, run_dir.absolute().name
@@ -39,8 +45,11 @@ def main(args: list[str]) -> None:
         )
     data = load_data(config.dataset, options.data_dir or config.data_dir)
     for name in names:
-        correct, total = evaluate_stage(config, data, name)
-        print(f"{name}: {correct}/{total} = {100 * correct / total:.2f}%", flush=True)
+        _print(name, *evaluate_stage(config, data, name))
+
+
+def _print(name: str, correct: int, total: int) -> None:
+    print(f"{name}: {correct}/{total} = {100 * correct / total:.2f}%", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,12 @@ assert (kernels[0] != kernels[1]).any() and len(jnp.unique(kernels[1][:, 0])) <=
 
 
 @pytest.mark.quick
-def test_code_runs_as_written():
+def test_code_runs_as_written(tmp_path):
     # In a process of its own: a reader's jax is not as strict as the one of the tests.
     command = [sys.executable, "-W", "error", "-c", "".join([*code_blocks("python"), CHECKS])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "model.safetensors").is_file()
     assert "layers_0" in done.stdout
 
 

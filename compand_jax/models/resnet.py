@@ -104,5 +104,7 @@ def shortcut(
     """Returns every stride-th pixel of x, with as many zero channels added before as after it."""
     missing = features - x.shape[-1]
     before = missing // 2
-    channels = (before, missing - before)
-    return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), channels))
+    x = x[:, ::stride, ::stride]
+    # Not jnp.pad, which jax2onnx does not convert for batches of any size.
+    zeros = [jnp.zeros((*x.shape[:-1], n), x.dtype) for n in (before, missing - before)]
+    return jnp.concatenate([zeros[0], x, zeros[1]], axis=-1)
