@@ -156,6 +156,7 @@ class QuantizedModel:
         *,
         calibration: str = "mse",
         percentile: float = 99.9,
+        mu: float | None = None,
         error_feedback: bool = False,
         batch_stats: bool = False,
         **model_kwargs: Any,
@@ -177,6 +178,7 @@ class QuantizedModel:
           batches: Iterable of batches, a batch being the model's argument or a tuple of them.
           calibration: "mse", "absmax", "percentile" or "output".
           percentile: Of the magnitudes, in (0, 100].
+          mu: Every mu, 0 to 255, at which the scales are found; None finds mu too.
           error_feedback: Whether weights are rounded one input at a time, those that are still to
             be rounded making up for the error at the layer's output; of the same layers as
             "output". The kernels in "params" are then levels of their quantizers.
@@ -195,6 +197,8 @@ class QuantizedModel:
         require_choice("calibration", calibration, CALIBRATIONS)
         if not 0 < percentile <= 100:
             raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
+        if mu is not None and not 0 <= mu <= par.MU_MAX:
+            raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
         rest = {name: value for name, value in variables.items() if name != "compand"}
         if batch_stats and iter(batches) is batches:
             batches = list(batches)
@@ -212,7 +216,7 @@ class QuantizedModel:
                 sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
         check_signs(sites)
         qmodel = dataclasses.replace(self, sites=FrozenDict(sites))
-        compand = fit_parameters(self.config, sites, seen, calibration, percentile)
+        compand = fit_parameters(self.config, sites, seen, calibration, percentile, mu)
         result = {**rest, "compand": compand}
         if error_feedback and "params" in rest:
             quantizers = qmodel.quantizers(result)

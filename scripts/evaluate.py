@@ -8,8 +8,12 @@ from typing import Annotated
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.data import load_data
-from compand_jax.experiments import evaluate_stage, finished_stages, read_config
+from compand_jax.experiments import (
+    evaluate_stage,
+    finished_stages,
+    load_run_data,
+    read_config,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,7 @@ def main(args: list[str]) -> None:
             f"`run_dir` must have a finished stage, got {options.run_dir} with none: "
             "finish the run with scripts/train.py"
         )
-    data = load_data(config.dataset, options.data_dir or config.data_dir)
+    data = load_run_data(config, options.data_dir)
     for name in names:
         correct, total = evaluate_stage(config, data, name)
         print(f"{name}: {correct}/{total} = {100 * correct / total:.2f}%", flush=True)
