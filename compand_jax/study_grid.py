@@ -185,7 +185,7 @@ def _paper(checkpoint: Path | None) -> list[Cell]:
 def _literature(checkpoint: Path | None) -> list[Cell]:
     some = (CONTROL, "uniform", PER_LAYER)
     resnet = dataclasses.replace(
-        preset("resnet20-cifar10"), epochs=200, finetune_epochs=3, methods=(CONTROL,)
+        preset("resnet20-cifar10"), epochs=200, finetune_epochs=4, methods=(CONTROL,)
     )
     if checkpoint is not None:
         resnet = dataclasses.replace(resnet, epochs=0, state_dict=checkpoint, **_PYTORCH)
@@ -193,12 +193,19 @@ def _literature(checkpoint: Path | None) -> list[Cell]:
         preset("vgg19-cifar10"), model="vgg-small", epochs=100, finetune_epochs=20,
         learning_rate=0.05,
     )  # fmt: skip
-    recipe = {"warmup_epochs": 0.2, "mu_learning_rate": 3e-3, "scale_learning_rate": 2e-3}
-    return [
-        *grid(resnet, bits=(4, 3), methods=some, ends=_ENDS, finetune_learning_rate=0.02, **recipe),
-        *grid(resnet, bits=(2,), methods=some, ends=_ENDS, finetune_learning_rate=0.04, **recipe),
-        *grid(vgg, bits=(4, 3, 2), methods=some, ends=_ENDS),
-    ]
+    found = []
+    # The fewer the bits, the farther the weights have to go; each rate has a control of its own.
+    for count, rate in ((4, 0.01), (3, 0.02), (2, 0.04)):
+        found += grid(
+            resnet,
+            bits=(count,),
+            methods=some,
+            ends=_ENDS,
+            finetune_learning_rate=rate,
+            warmup_epochs=0.2,
+            scale_learning_rate=2e-3,
+        )
+    return [*found, *grid(vgg, bits=(4, 3, 2), methods=some, ends=_ENDS)]
 
 
 def _vgg19_short(checkpoint: Path | None) -> list[Cell]:
