@@ -138,10 +138,7 @@ def _orders(parent: RunConfig) -> list[RunConfig]:
 
 def _smoke(checkpoint: Path | None) -> list[Cell]:
     parent = dataclasses.replace(preset("digits"), epochs=5, finetune_epochs=2)
-    return [
-        *grid(parent, bits=(2,), methods=(CONTROL, "uniform", PER_LAYER)),
-        *grid(parent, bits=(2,), methods=(PER_LAYER,), seeds=(1,)),
-    ]
+    return grid(parent, bits=(2,), methods=(CONTROL, "uniform", PER_LAYER))
 
 
 def _laptop(checkpoint: Path | None) -> list[Cell]:
