@@ -58,7 +58,7 @@ def _accuracy_panel(axis: Axes, cells: Sequence[Row]) -> None:
     }
     values = {bits: [accuracy for _, accuracy in found] for bits, found in controls.items()}
     _errorbar(axis, values, color="k", ls="--", label="full precision, continued")
-    axis.set_xticks(bits)
+    axis.set(xticks=bits, xlim=(bits[0] - 0.5, bits[-1] + 0.5))
 
 
 def _errorbar(axis: Axes, values: Mapping[float, Sequence[float]], **style: Any) -> None:
@@ -141,7 +141,9 @@ def _levels_panel(axis: Axes, record: Mapping[str, Any], site: str, operand: str
     mu, scale = found[f"{operand}_mu"], float(np.max(found[f"{operand}_scale"]))
     signed = operand == "weight" or static["act_signed"]
     counts = np.array(record["histograms"][site][operand])
-    axis.stairs(counts / counts.max(), histogram_edges(scale, signed), fill=True, color="#b8d0e8")
+    # The outer bins hold all that is beyond them, or what a relu made zero.
+    counts = np.minimum(counts / max(1, counts[1:-1].max()), 1.05)
+    axis.stairs(counts, histogram_edges(scale, signed), fill=True, color="#b8d0e8")
     grid = static["grid"] if operand == "weight" else "midtread"
     levels = codebook(mu, scale, bits=static[f"{operand}_bits"], signed=signed, grid=grid)[0]
     axis.vlines(np.asarray(levels), 0, 1.05, color=_COLORS["per_layer"], lw=0.9)
