@@ -61,7 +61,7 @@ def _accuracy_panel(axis: Axes, cells: Sequence[Row]) -> None:
     axis.set(xticks=bits, xlim=(bits[0] - 0.5, bits[-1] + 0.5))
 
 
-def _errorbar(axis: Axes, values: Mapping[float, Sequence[float]], **style: Any) -> None:
+def _errorbar(axis: Axes, values: Mapping[Any, Sequence[float]], **style: Any) -> None:
     if values:
         means = np.array([statistics.mean(found) for found in values.values()])
         low = means - [min(found) for found in values.values()]

@@ -33,10 +33,11 @@ class Args:
 def main(args: list[str]) -> None:
     """Writes the report."""
     options = parse(Args, args, description=__doc__)
+    preset = preset_of(options.directory)
     for path in write_report(options.directory):
         print(f"wrote {path}")
     if options.keep:
-        kept = options.results / preset_of(options.directory)
+        kept = options.results / preset
         keep_report(options.directory, kept)
         print(f"kept in {kept}")
         update_readme.main(["--readme", str(options.readme), "--results", str(options.results)])

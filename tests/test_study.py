@@ -1,5 +1,6 @@
 """A study's cells: each run once, from one parent, whatever stops or fails; and shared out."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -157,7 +158,7 @@ def test_a_fixed_mu_stays_and_a_learned_one_moves(done):
 def test_histograms_are_of_what_is_quantized(done, tiny):  # noqa: F811
     found = record(done, NAMES[1])
     config = read_config(done / "cells" / NAMES[1])
-    stage, state = finished(config, tiny_data(), PER_LAYER)
+    state = finished(config, tiny_data(), PER_LAYER)[1]
     data = tiny_data()
     kernel = np.asarray(state.params["params"]["conv"]["kernel"], np.float64).ravel()
     scale = found["quantizers"]["conv"]["weight_scale"]
@@ -286,7 +287,7 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(done, tmp_path, tiny, t
 def test_shards_are_a_partition():
     for n in (1, 2, 3, 7):
         parts = [[cell.name for cell in shard(CELLS, f"{i}/{n}")] for i in range(n)]
-        assert sorted(sum(parts, [])) == sorted(NAMES)
+        assert sorted(itertools.chain(*parts)) == sorted(NAMES)
         assert [cell.name for cell in shard(CELLS, f"{n}/{n}")] == parts[0]
     assert [cell.name for cell in shard(CELLS, "1/2")] == [NAMES[1], NAMES[3]]
 
