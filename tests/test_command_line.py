@@ -114,7 +114,7 @@ def test_exit_status_of_the_process(tmp_path):
     )
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "prepare_data"])
+@pytest.mark.parametrize("script", ["train", "evaluate", "prepare_data", "study", "report"])
 @pytest.mark.quick
 def test_help_of_every_script(script):
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
@@ -225,9 +225,8 @@ def test_fields_are_overridden(call, monkeypatch):
 
 
 @pytest.fixture
-def tiny_run(tiny, monkeypatch, tmp_path):  # noqa: F811
+def tiny_run(tiny, tmp_path):  # noqa: F811
     """A tiny run's arguments, full precision alone."""
-    monkeypatch.setattr(evaluate, "load_data", experiments.load_data)
     config = tiny_config(tmp_path / "run", methods=())
     fields = ("epochs", "finetune_epochs", "batch_size", "warmup_epochs", "steps_per_call")
     given = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in fields]
