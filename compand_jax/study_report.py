@@ -6,7 +6,7 @@ are accuracy.png, differences.png and, by network, mu-*.png and levels-*.png.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,9 @@ def study_block(kept: Path) -> str:
       ValueError: if results.csv is not of the records, or report.md not of results.csv.
     """
     rows = read_csv(kept / "results.csv")
-    text = summary_text(rows)
-    if rows != [record["row"] for record in read_records(kept)]:
+    records = read_records(kept)
+    text = _text(records)
+    if rows != [record["row"] for record in records]:
         what = "the rows of its records in results.csv"
     elif text not in (kept / "report.md").read_text():
         what = "the tables of results.csv in report.md"
@@ -143,7 +144,7 @@ def _shown(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _document(directory: Path, records: Sequence[Record]) -> str:
     rows = [record["row"] for record in records]
-    parts = [f"# The study {preset_of(directory)}", summary_text(rows)]
+    parts = [f"# The study {preset_of(directory)}", _text(records)]
     parts += ["## Every mean", _means(rows), "## mu at the end", *_mu_tables(records)]
     failures = [read_json(path) for path in sorted((directory / "failures").glob("*.json"))]
     if failures:
@@ -152,6 +153,28 @@ def _document(directory: Path, records: Sequence[Record]) -> str:
     listed = "; ".join(", ".join(f"{name} {version}" for name, version in found)
                        for found in versions)  # fmt: skip
     return "\n\n".join([*parts, f"Made with {listed}."]) + "\n"
+
+
+def _text(records: Sequence[Record]) -> str:
+    """Returns what is compared, and the range of the mu that was learned."""
+    text = summary_text([record["row"] for record in records])
+    lines = []
+    for record in (record for shown in _shown(records).values() for record in shown):
+        row, found = record["row"], record["quantizers"].values()
+        bits = f"{row['weight_bits']}/{row['act_bits']}"
+        ranges = (_range(each.get(f"{operand}_mu") for each in found)
+                  for operand in ("weight", "act"))  # fmt: skip
+        lines.append((row["network"], row["dataset"], row["arrangement"], bits, *ranges))
+    if not lines:
+        return text
+    header = ("network", "dataset", "arrangement", "W/A", "mu of weights", "mu of activations")
+    note = "mu learned per layer, from the layers' smallest to their largest, of the first seed:"
+    return f"{text}\n\n{note}\n\n{markdown(header, lines)}"
+
+
+def _range(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{min(known):.2f} to {max(known):.2f}" if known else "-"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> str:

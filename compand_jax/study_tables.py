@@ -157,13 +157,15 @@ def summary_text(rows: Sequence[Row]) -> str:
 
 _NOTE = (
     "Test accuracy of the control (full precision, trained on with the same schedule and seed), "
-    "and differences to it in points; mean ± standard deviation over (so many) seeds, where there "
-    "are more than one. W/A: bits of weights and activations."
+    "and differences to it in points, of the last column to uniform, seed by seed; mean ± standard "
+    "deviation over (so many) seeds, where there are more than one. W/A: bits of weights and "
+    "activations."
 )
 
 
 def _comparison(rows: Sequence[Row]) -> str:
-    header = (*_GROUP, "W/A", "control", "uniform", "single mu", "separate", "per layer")
+    header = (*_GROUP, "W/A", "control", "uniform", "single mu", "separate", "per layer",
+              "per layer to uniform")  # fmt: skip
     cells = [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, "learned")]
     lines = []
     for key, group in _grouped(cells, (*_GROUP, "weight_bits")).items():
@@ -172,6 +174,12 @@ def _comparison(rows: Sequence[Row]) -> str:
         for method in METHODS:
             own = [row for row in group if method_of(row) == method]
             line.append(_spread(_differences(own), "{:+.2f}"))
+        accuracies = [
+            {row["seed"]: row["accuracy"] for row in group if method_of(row) == method}
+            for method in ("per_layer", "uniform")
+        ]
+        both = accuracies[0].keys() & accuracies[1].keys()
+        line.append(_spread([accuracies[0][s] - accuracies[1][s] for s in both], "{:+.2f}"))
         lines.append(line)
     return markdown(header, lines)
 

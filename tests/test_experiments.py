@@ -268,7 +268,7 @@ def test_full_precision_from_a_state_dict(tmp_path, monkeypatch):
     wanted = import_state_dict(arrays, model)
     assert tree_bytes(state.variables) == tree_bytes(wanted)
     x = (images / 255 - 0.5) / 0.25
-    logits = model.apply(wanted, np.asarray(x, np.float32))
+    logits = model.apply(wanted, jax.numpy.asarray(x, np.float32))
     (result,) = read_results(config.run_dir)
     assert result["correct"] == (np.argmax(logits, -1) == labels).sum()
     assert (result["steps"], result["epochs"]) == (0, 0)

@@ -150,7 +150,7 @@ def check_record(run_dir, record):
     assert json.loads((record / "config.json").read_text()) == kept
     for one in RESULTS:
         stored = json.loads((record / one["stage"] / "result.json").read_text())
-        kept = {k: v for k, v in one["config"].items() if not k.endswith("_dir")}
+        kept = {k: v for k, v in one["config"].items() if not k.endswith(("_dir", "_dict"))}
         assert stored == one | {"config": kept}
         assert {"seed", "config", "versions", "devices", "date"} <= stored.keys()
         log = read_log(record / one["stage"] / "metrics.jsonl")

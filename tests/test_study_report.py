@@ -128,8 +128,8 @@ def test_text_says_what_was_compared():
     text = summary_text(with_controls(ROWS))
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
     assert ["", "cnn", "digits", "conv_norm_act", "2/2", "81.00 % ± 1.41 (2)", "-9.00 ± 1.41 (2)",
-            "-", "-", "+0.50 ± 1.41 (2)", ""] in cells  # fmt: skip
-    assert ["", "cnn", "digits", "conv_norm_act", "3/3", "-", "-", "-", "-", "-", ""] in cells
+            "-", "-", "+0.50 ± 1.41 (2)", "+9.50 ± 0.00 (2)", ""] in cells  # fmt: skip
+    assert ["", "cnn", "digits", "conv_norm_act", "3/3", *"------", ""] in cells
     # mu learned, as calibrated and 255, at the one seed that has all three.
     assert ["", "cnn", "digits", "conv_norm_act", "2/2", "-0.50", "-1.00", "-19.75", ""] in cells
     assert "full precision 75.00 % (2 epochs), then 1 epochs, weights of 2 bits on" in text
@@ -168,6 +168,7 @@ def test_report_is_made_of_the_records_alone(directory):
     text = (directory / "report.md").read_text()
     assert text.startswith("# The study smoke\n\n| network")
     assert "| dense | 1.00    | 3.25        |" in text
+    assert "|  1.00 to 1.00 |      3.25 to 3.25 |" in text
     assert text.endswith("Made with jax 1.2.3.\n")
     (directory / "failures").mkdir()
     write_json(directory / "failures" / "x.json", {"name": "x", "error": "ValueError: no"})
