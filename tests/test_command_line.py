@@ -11,6 +11,7 @@ import sys
 import command_line
 import evaluate
 import pytest
+import study
 import train
 
 # Fixtures are imported to be found (F401), and named again where they are used (F811).
@@ -102,6 +103,35 @@ def test_errors_of_evaluate(call, tmp_path):
     assert "A run's directory" in error_of(call(evaluate))
     (tmp_path / "config.json").write_text("{")
     assert "which is no JSON" in error_of(call(evaluate, tmp_path))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tiny", "`preset` must be one of paper, literature, laptop, smoke, vgg19-short, got 'ti"),
+        ("smoke --shard 3/2", "`shard` must be i/n with i from 0 to n - 1 (or from 1 to n), got"),
+        ("literature --checkpoint none.npz", "`checkpoint` must be a file, got"),
+        ("smoke --networks vgg19", "`networks` must be of cnn, got vgg19: correct it"),
+        ("", "--out"),
+    ],
+)
+def test_errors_of_study(call, tmp_path, arguments, message):
+    given = [*arguments.split(), "--out", tmp_path / "out"] if arguments else ["smoke"]
+    assert message in error_of(call(study, *given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.quick
+def test_failed_cells_are_an_error_at_the_end(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "run_study", lambda *_: ["first", "second"])
+    assert error_of(call(study, "smoke", "--out", tmp_path)).startswith(
+        "`preset` must run whole, got 2 failed cells, first first: see "
+    )
+    monkeypatch.setattr(study, "run_study", lambda *_: [])
+    status, out, _ = call(study, "smoke", "--out", tmp_path)
+    assert status == 0
+    assert "0 of 3 cells finished, others at work on the rest; now scripts/report.py" in out
 
 
 @pytest.mark.quick
