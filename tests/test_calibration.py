@@ -92,7 +92,7 @@ def test_the_fit_is_the_best_of_a_fine_grid(name, spec):
 def test_the_fit_is_never_worse_than_the_uniform_one(name):
     x = source(name)
     mu, (scale,), _ = fit_group([sample(x)], [FOUR])
-    zero, (uniform_scale,), _ = fit_group([sample(x)], [FOUR], mu=0.0)
+    zero, (uniform_scale,), _ = fit_group([sample(x)], [FOUR], uniform=True)
     assert zero == 0
     error, uniform = (squared_error(x, m, s[0], FOUR) for m, s in ((mu, scale), (0, uniform_scale)))
     assert error <= uniform * (1 + 1e-5) + 1e-10 * np.sum(x.astype(np.float64) ** 2)
