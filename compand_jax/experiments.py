@@ -3,6 +3,7 @@
 A run that was stopped goes on at its last checkpoint; what is finished is not run again.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -41,11 +42,45 @@ def run(config: RunConfig, *, progress: bool = True) -> str:
       FloatingPointError: if a training diverges.
       OSError: if the data set is not prepared, or the run directory cannot be written.
     """
-    data = load_data(config.dataset, config.data_dir)
+    train_stages(config, load_run_data(config), progress=progress)
+    try:
+        return write_reports(config.run_dir, config.record_dir)
+    except OSError as error:
+        raise _with_advice(error, config) from error
+
+
+def load_run_data(config: RunConfig, data_dir: Path | None = None) -> ImageData:
+    """Returns a run's data set, with the run's mean and standard deviation where it has its own.
+
+    Args:
+      config: the run's.
+      data_dir: directory of the prepared data sets; None is the run's.
+
+    Raises:
+      FileNotFoundError: if the data set is not prepared.
+    """
+    data = load_data(config.dataset, data_dir or config.data_dir)
+    if config.mean is None or config.std is None:
+        return data
+    return dataclasses.replace(data, mean=config.mean, std=config.std)
+
+
+def train_stages(config: RunConfig, data: ImageData, *, progress: bool = True) -> None:
+    """Runs what is not finished of a run's stages.
+
+    Args:
+      config: what to run, and where.
+      data: the run's data set, as `load_run_data` returns it.
+      progress: whether to show progress bars.
+
+    Raises:
+      As `run`.
+    """
     fit_config(config, 1).steps_per_epoch(len(data.train_labels))
     check_devices(config.batch_size, jax.device_count())
     methods = [method for method in METHODS if method in config.methods]
-    stages = [make_stage(config, data, name) for name in (FULL_PRECISION, *methods)]
+    names = methods if config.parent_dir is not None else [FULL_PRECISION, *methods]
+    stages = [make_stage(config, data, name) for name in names]
     # Two checkpoints are kept while the next is written. This looks at every stage's layers, too:
     # a rule that matches none is an error before the first stage is trained.
     needed = 3 * sum(state_bytes(config, data, stage) for stage in stages)
@@ -53,14 +88,17 @@ def run(config: RunConfig, *, progress: bool = True) -> str:
     try:
         for stage in stages:
             _run_stage(config, data, stage, progress)
-        return write_reports(config.run_dir, config.record_dir)
     except OSError as error:
-        if error.errno is None:  # says what to do
-            raise
-        raise OSError(
-            f"`run_dir` must stay writable, got {config.run_dir} ({error}): free some space and "
-            "give the same command again, which goes on where this stopped"
-        ) from error
+        raise _with_advice(error, config) from error
+
+
+def _with_advice(error: OSError, config: RunConfig) -> OSError:
+    if error.errno is None:  # says what to do
+        return error
+    return OSError(
+        f"`run_dir` must stay writable, got {config.run_dir} ({error}): free some space and "
+        "give the same command again, which goes on where this stopped"
+    )
 
 
 def evaluate_stage(config: RunConfig, data: ImageData, name: str) -> tuple[int, int]:
@@ -101,6 +139,8 @@ def _run_stage(config: RunConfig, data: ImageData, stage: Stage, progress: bool)
             describe=_description(stage),
             progress=stage.name if progress else None,
         )
+        if not checkpoints.steps():  # there was nothing to train
+            checkpoints.save(int(state.step), state, metadata)
     write_json(path, _result(config, data, stage, state, metadata, log))
 
 
@@ -136,6 +176,7 @@ def _result(
         "model_bytes": model_bytes(state.variables, quantized and quantized.sites),
         "seconds": round(sum(row["seconds"] for row in read_log(log)), 1),
         "steps": int(state.step),
+        "epochs": stage.fit.epochs,
     }
     if quantized is not None:
         values = jax.device_get(quantized.quantizers(state.variables))

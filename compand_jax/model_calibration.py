@@ -150,12 +150,12 @@ def fit_parameters(
     seen: Observations,
     calibration: str,
     percentile: float,
-    held_mu: float | None,
+    mu: float | None = None,
 ) -> dict[str, Any]:
     """Returns the collection "compand": every mu and scale, fitted to what was observed.
 
-    Operands that share a mu are fitted together; the three mu scopes differ in nothing else.
-    Where `held_mu` is given, every mu is set to it, and the scales alone are fitted.
+    Operands that share a mu are fitted together; the three mu scopes differ in nothing else. Where
+    `mu` is given, it is every mu, and the scales alone are fitted.
     """
     members: dict[Any, list[tuple[str, str]]] = {}
     for name, site in sites.items():
@@ -166,7 +166,7 @@ def fit_parameters(
         Group(
             [_sample(sites[name], seen, name, operand, calibration) for name, operand in group],
             [sites[name].spec(operand) for name, operand in group],
-            held_mu if par.mu_path(*group[0], config) else 0.0,
+            mu if par.mu_path(*group[0], config) else 0.0,
         )
         for group in members.values()
     ]

@@ -25,7 +25,7 @@ def plot_run(logs: Mapping[str, Sequence[dict]], path: str | Path) -> None:
     finetuned = {stage: rows for stage, rows in logs.items() if stage != FULL_PRECISION}
     parent = {stage: rows for stage, rows in logs.items() if stage == FULL_PRECISION}
     groups = [group for group in (parent, finetuned) if group]
-    rows = len(groups) + -(-len(with_mu) // 2)
+    rows = max(1, len(groups) + -(-len(with_mu) // 2))
     figure = Figure(figsize=(_WIDTH, _ROW_HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
     for group, (loss, accuracy) in zip(groups, axes, strict=False):

@@ -80,7 +80,7 @@ def results_by_setting(rows: Iterable[Mapping[str, Any]]) -> dict[Setting, Mappi
 def write_record(directory: Path, record: dict[str, Any]) -> str:
     """Writes a record with its rows in order, tables and pictures of it; returns its text.
 
-    `results.json`, `results.md`, and of those parts that have been run, `results.csv` and
+    `results.json`, `results.md`, and of those parts that have been run, `rows.csv` and
     `plot.png` (the table), `sensitivity.csv` and `sensitivity.png`, and `budget.png` (the last).
     """
     rows = results_by_setting(record["rows"])
@@ -94,7 +94,7 @@ def write_record(directory: Path, record: dict[str, Any]) -> str:
         main = _tables(record)[0].settings()
         shown = [rows[setting] for setting in main if setting in rows]
         plot_bits(shown, record["full_precision"]["accuracy"], directory / "plot.png")
-        write_text(directory / "results.csv", to_csv(record["rows"]))
+        write_text(directory / "rows.csv", to_csv(record["rows"]))
     if sensitivities := with_divergences(record):
         plot_sensitivity(sensitivities, directory / "sensitivity.png")
         write_text(directory / "sensitivity.csv", to_csv(sensitivities))

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from compand_jax.calibration import CALIBRATIONS
+from compand_jax.calibration import CALIBRATIONS, MU_MAX
 from compand_jax.config import QuantConfig, Rule
 from compand_jax.data import DATASETS
 from compand_jax.models import BLOCK_ORDERS, MODELS
@@ -16,7 +16,8 @@ FULL_PRECISION = "full_precision"
 CONTROL = "full_precision_continued"
 METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
 DTYPES = ("float32", "bfloat16", "float16")
-DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir")
+DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir", "parent_dir")
+PATH_FIELDS = (*DIRECTORY_FIELDS, "state_dict")
 # What changes no result but for rounding, so that a run may go on with another value.
 FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", *DIRECTORY_FIELDS)
 # What only matters once a fine-tuning has begun.
@@ -27,6 +28,7 @@ FINETUNE_FIELDS = (
     "scale_learning_rate",
     "calibration",
     "calibration_batches",
+    "calibration_mu",
     "quant",
 )
 
@@ -38,8 +40,8 @@ class RunConfig:
     dataset: str = "digits"
     """Data set: digits (embedded), cifar10 or cifar100 (see scripts/prepare_data.py)."""
     model: str = "cnn"
-    """Network: cnn, alexnet, alexnet-bn, vgg11, vgg13, vgg16, vgg19, resnet20, resnet32, resnet44
-    or resnet56."""
+    """Network: cnn, alexnet, alexnet-bn, vgg11, vgg13, vgg16, vgg19, vgg-small, resnet20,
+    resnet32, resnet44 or resnet56."""
     block_order: str = "conv_norm_act"
     """Order within a block: conv_norm_act or norm_act_conv."""
     dtype: str = "float32"
@@ -47,7 +49,18 @@ class RunConfig:
     seed: int = 0
     """Seed of parameters, shuffling and augmentation, from 0."""
     epochs: int = 20
-    """Full-precision training, in epochs."""
+    """Full-precision training, in epochs; 0 takes what state-dict or parent-dir gives."""
+    state_dict: Path | None = None
+    """File (.npz) of a PyTorch network's arrays that full precision starts from; None starts from
+    random parameters."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the pixels in [0, 1], per channel, that images are normalized with; None is that of
+    the data set."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation likewise."""
+    parent_dir: Path | None = None
+    """Run directory whose full precision the fine-tuning starts from; None trains it in this run's
+    own."""
     finetune_epochs: int = 8
     """Fine-tuning of each method, in epochs."""
     methods: tuple[str, ...] = METHODS
@@ -78,6 +91,9 @@ class RunConfig:
     output (see `QuantizedModel.calibrate`)."""
     calibration_batches: int = 4
     """Training batches that are used for calibration."""
+    calibration_mu: float | None = None
+    """mu that calibration sets everywhere, 0 to 255, and fits the scales at; None fits mu too. With
+    mu-learning-rate 0 it stays there."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantization."""
     steps_per_call: int = 2
@@ -105,6 +121,14 @@ class RunConfig:
             value = getattr(self, name)
             ok = isinstance(value, int | float) and math.isfinite(value) and value >= low
             _require(self, name, ok, f"a finite number of at least {low}")
+        started = self.state_dict is not None or self.parent_dir is not None
+        _require(self, "epochs", self.epochs > 0 or started,
+                 "an integer of at least 1, or 0 with `state_dict` or `parent_dir`")  # fmt: skip
+        mu = self.calibration_mu
+        ok = mu is None or (isinstance(mu, int | float) and 0 <= mu <= MU_MAX)
+        _require(self, "calibration_mu", ok, f"None or a number from 0 to {MU_MAX:g}")
+        ok = (self.mean is None) == (self.std is None)
+        _require(self, "std", ok, "given where `mean` is, and only there")
         ok = set(self.methods) <= set(METHODS) and len(set(self.methods)) == len(self.methods)
         _require(self, "methods", ok, "different ones of " + ", ".join(METHODS))
 
@@ -118,7 +142,7 @@ _CHOICES = {
 }
 _INTEGERS = {
     "seed": 0,
-    "epochs": 1,
+    "epochs": 0,
     "finetune_epochs": 1,
     "batch_size": 1,
     "pad": 0,
@@ -217,9 +241,12 @@ def to_json(config: RunConfig) -> dict:
 def from_json(stored: dict) -> RunConfig:
     """Returns the configuration that `to_json` wrote; what is absent has its default."""
     fields = dict(stored)
-    for name in ("data_dir", "run_dir", "record_dir"):
+    for name in PATH_FIELDS:
         if fields.get(name) is not None:
             fields[name] = Path(fields[name])
+    for name in ("mean", "std"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
     fields["methods"] = tuple(fields.get("methods", METHODS))
     quant = dict(fields.get("quant", {}))
     quant["rules"] = tuple(Rule(**rule) for rule in quant.get("rules", ()))

@@ -8,7 +8,7 @@ from typing import Any
 
 from compand_jax.metrics_log import read_log
 from compand_jax.plots import plot_run
-from compand_jax.recipes import CONTROL, DIRECTORY_FIELDS, FULL_PRECISION
+from compand_jax.recipes import CONTROL, FULL_PRECISION, PATH_FIELDS
 from compand_jax.run_directory import (
     finished_stages,
     read_results,
@@ -116,7 +116,7 @@ def _row(result: dict) -> tuple[str, ...]:
         "/".join("32" if count is None else str(count) for count in bits),
         (result["mu_scope"] or "-").replace("_", " "),
         f"{result['test_accuracy']:.2f} %",
-        "reference" if is_reference else f"{result['difference']:+.2f}",
+        "reference" if is_reference else _points(result.get("difference")),
         size_text(result["model_bytes"]),
     )
 
@@ -125,6 +125,10 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     padded = [cell.ljust(width) if i == 0 else cell.rjust(width)
               for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
     return f"| {' | '.join(padded)} |"
+
+
+def _points(difference: float | None) -> str:
+    return "-" if difference is None else f"{difference:+.2f}"
 
 
 def _document(results: Sequence[dict], table: str) -> str:
@@ -165,6 +169,6 @@ def _record_json(source: Path, target: Path) -> None:
             return [keep(item) for item in value]
         if not isinstance(value, dict):
             return value
-        return {key: keep(item) for key, item in value.items() if key not in DIRECTORY_FIELDS}
+        return {key: keep(item) for key, item in value.items() if key not in PATH_FIELDS}
 
     write_json(target, keep(json.loads(source.read_text())))

@@ -47,13 +47,7 @@ def open_run_dir(config: RunConfig, needed: int) -> None:
     run_dir, path = config.run_dir, config.run_dir / "config.json"
     methods = config.methods
     if path.is_file():
-        stored = _read_stored(path)
-        rows = differences(stored, config, finetune=bool(_begun(run_dir)))
-        if rows:
-            raise ValueError(
-                f"`run_dir` must be of this configuration, got {run_dir} where "
-                f"{'; '.join(rows)}: choose another directory or the same values"
-            )
+        check_config(config, finetune=bool(_begun(run_dir)))
         methods = (*methods, *_begun(run_dir))
     elif run_dir.is_dir() and any(run_dir.iterdir()):
         raise ValueError(
@@ -66,6 +60,22 @@ def open_run_dir(config: RunConfig, needed: int) -> None:
     make_writable(directories)
     methods = tuple(method for method in METHODS if method in methods)
     write_json(path, to_json(dataclasses.replace(config, methods=methods)))
+
+
+def check_config(config: RunConfig, *, finetune: bool = True) -> None:
+    """Raises ValueError if the run's directory has the configuration of another run.
+
+    Args:
+      config: the run's.
+      finetune: whether the fields of the fine-tuning count.
+    """
+    path = config.run_dir / "config.json"
+    rows = differences(_read_stored(path), config, finetune=finetune) if path.is_file() else []
+    if rows:
+        raise ValueError(
+            f"`run_dir` must be of this configuration, got {config.run_dir} where "
+            f"{'; '.join(rows)}: choose another directory or the same values"
+        )
 
 
 def read_config(run_dir: str | Path) -> RunConfig:
@@ -94,6 +104,11 @@ def read_results(run_dir: str | Path) -> list[dict]:
     """Returns the results of a run's finished stages, in the order they are run."""
     names = finished_stages(run_dir)
     return [json.loads((Path(run_dir) / name / "result.json").read_text()) for name in names]
+
+
+def read_json(path: str | Path) -> Any:
+    """Returns what a JSON file holds."""
+    return json.loads(Path(path).read_text())
 
 
 def write_json(path: str | Path, value: Any) -> None:

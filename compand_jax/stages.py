@@ -15,7 +15,9 @@ from compand_jax.models import create_model
 from compand_jax.partition import partition_optimizer
 from compand_jax.quantized_model import QuantizedModel, quantize_model
 from compand_jax.recipes import CONTROL, FULL_PRECISION, RunConfig
+from compand_jax.run_directory import read_config
 from compand_jax.sites import sites_from_json, sites_to_json
+from compand_jax.state_dicts import import_state_dict, load_npz_state_dict
 from compand_jax.training import FitConfig, TrainState, create_state, evaluate
 
 _MOMENTUM = 0.9
@@ -87,26 +89,35 @@ def start_or_resume(
 ) -> tuple[Stage, TrainState, dict]:
     """Returns the stage, calibrated where it is quantized, its state, and its metadata.
 
-    The state is the stage's newest sound checkpoint or, if there is none, its start: initialized
-    for full precision, else the full-precision stage's end.
+    The state is the stage's newest sound checkpoint or, if there is none, its start: for full
+    precision the state dict's, or initialized; else the end of full precision, the run's own or
+    its parent's.
 
     Raises:
       ValueError: if the checkpoint is one of another model.
-      FileNotFoundError: if the end of full precision has no sound checkpoint.
+      FileNotFoundError: if the end of full precision has no sound checkpoint, or there is no such
+        state dict.
     """
     found = resume(config, data, stage, checkpoints)
     if found is not None:
         return found
     first_key, finetune_key = _keys(config)[1:]
     if stage.name == FULL_PRECISION:
+        if config.state_dict is not None:
+            variables = import_state_dict(load_npz_state_dict(config.state_dict), stage.model)
+            return stage, create_state(variables, stage.tx, first_key), {}
         state = jax.jit(lambda: _initial_state(config, data, stage, first_key))()
         return stage, state, {}
-    variables = finished(config, data, FULL_PRECISION)[1].variables
+    variables = finished(parent_config(config), data, FULL_PRECISION)[1].variables
     if stage.quantized is None:
         return stage, create_state(variables, stage.tx, finetune_key), {}
     batches = calibration_batches(config, data, jax.random.fold_in(finetune_key, 2))
     model, variables = stage.quantized.calibrate(
-        variables, batches, calibration=config.calibration, train=False
+        variables,
+        batches,
+        calibration=config.calibration,
+        mu=config.calibration_mu,
+        train=False,
     )
     assert model.sites is not None
     stage = dataclasses.replace(stage, model=model)
@@ -136,6 +147,15 @@ def resume(
         model = quantize_model(stage.quantized.model, stage.quantized.config, sites=sites)
         stage = dataclasses.replace(stage, model=model)
     return stage, state, metadata
+
+
+def parent_config(config: RunConfig) -> RunConfig:
+    """Returns the configuration of the run whose full precision is fine-tuned: this or another.
+
+    Raises:
+      FileNotFoundError: if `parent_dir` is no run's directory.
+    """
+    return config if config.parent_dir is None else read_config(config.parent_dir)
 
 
 def calibration_batches(
@@ -206,6 +226,8 @@ def _keys(config: RunConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _schedule(config: RunConfig, epochs: int, per_epoch: int, peak: float) -> optax.Schedule:
     total = epochs * per_epoch
+    if total == 0:
+        return optax.constant_schedule(0.0)
     warmup = min(round(config.warmup_epochs * per_epoch), total // 2)
     if warmup == 0:
         return optax.cosine_decay_schedule(peak, total)

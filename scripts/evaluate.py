@@ -10,7 +10,12 @@ from command_line import parse, run_script
 
 from compand_jax.artifacts import count_correct, load_predictor
 from compand_jax.data import load_data
-from compand_jax.experiments import evaluate_stage, finished_stages, read_config
+from compand_jax.experiments import (
+    evaluate_stage,
+    finished_stages,
+    load_run_data,
+    read_config,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ def main(args: list[str]) -> None:
             f"`run_dir` must have a finished stage, got {options.run_dir} with none: "
             "finish the run with scripts/train.py"
         )
-    data = load_data(config.dataset, options.data_dir or config.data_dir)
+    data = load_run_data(config, options.data_dir)
     for name in names:
         _print(name, *evaluate_stage(config, data, name))
 

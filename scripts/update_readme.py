@@ -10,6 +10,7 @@ from command_line import parse, run_script
 
 from compand_jax.post_training_record import document
 from compand_jax.reports import results_table
+from compand_jax.study_report import study_block
 
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -22,7 +23,8 @@ class Args:
     """File with lines `<!-- results:NAME -->` and `<!-- /results -->`; what is between them is
     replaced."""
     results: Path = Path("results")
-    """Directory of the records, NAME/results.json and NAME/results.md."""
+    """Directory of the records: NAME/results.json and NAME/results.md of a run, or
+    NAME/results.csv and NAME/report.md of a study."""
     check: bool = False
     """Change nothing; fail if there was something to change."""
 
@@ -49,7 +51,7 @@ def fill(text: str, results: Path) -> str:
       ValueError: a record has no block, or more than one, or does not agree with itself.
     """
     names = [match["name"] for match in _BLOCK.finditer(text)]
-    for path in sorted(results.glob("*/results.json")):
+    for path in sorted([*results.glob("*/results.json"), *results.glob("*/results.csv")]):
         name, count = path.parent.name, names.count(path.parent.name)
         if count != 1:
             raise ValueError(
@@ -60,12 +62,15 @@ def fill(text: str, results: Path) -> str:
 
 
 def block(record: Path) -> str:
-    """Returns the text for one record: its results.md without headings, and where it is.
+    """Returns the text for one record, without headings, and where it is.
 
     What follows a second heading is left to the record.
+
+    Raises:
+      ValueError: the record does not agree with itself.
     """
     if not (record / "results.json").is_file():
-        return ""
+        return study_block(record) if (record / "results.csv").is_file() else ""
     results = json.loads((record / "results.json").read_text())
     # A list is of a training run; an object, of post-training quantization.
     table = results_table(results) if isinstance(results, list) else document(results)

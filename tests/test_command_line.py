@@ -11,6 +11,7 @@ import sys
 import command_line
 import evaluate
 import pytest
+import study
 import train
 
 # Fixtures are imported to be found (F401), and named again where they are used (F811).
@@ -105,6 +106,35 @@ def test_errors_of_evaluate(call, tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tiny", "`preset` must be one of paper, literature, laptop, smoke, vgg19-short, got 'ti"),
+        ("smoke --shard 3/2", "`shard` must be i/n with i from 0 to n - 1 (or from 1 to n), got"),
+        ("literature --checkpoint none.npz", "`checkpoint` must be a file, got"),
+        ("smoke --networks vgg19", "`networks` must be of cnn, got vgg19: correct it"),
+        ("", "--out"),
+    ],
+)
+def test_errors_of_study(call, tmp_path, arguments, message):
+    given = [*arguments.split(), "--out", tmp_path / "out"] if arguments else ["smoke"]
+    assert message in error_of(call(study, *given))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.quick
+def test_failed_cells_are_an_error_at_the_end(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "run_study", lambda *_: ["first", "second"])
+    assert error_of(call(study, "smoke", "--out", tmp_path)).startswith(
+        "`preset` must run whole, got 2 failed cells, first first: see "
+    )
+    monkeypatch.setattr(study, "run_study", lambda *_: [])
+    status, out, _ = call(study, "smoke", "--out", tmp_path)
+    assert status == 0
+    assert "0 of 3 cells finished, others at work on the rest; now scripts/report.py" in out
+
+
+@pytest.mark.quick
 def test_exit_status_of_the_process(tmp_path):
     script, run_dir = str(SCRIPTS / "train.py"), str(tmp_path / "run")
     command = [sys.executable, script, "--quant.weight-bits", "9", "--run-dir", run_dir]
@@ -114,7 +144,10 @@ def test_exit_status_of_the_process(tmp_path):
     )
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "prepare_data", "ptq"])
+SCRIPTS_WITH_HELP = "train", "evaluate", "prepare_data", "ptq", "export", "study", "report"
+
+
+@pytest.mark.parametrize("script", SCRIPTS_WITH_HELP)
 @pytest.mark.quick
 def test_help_of_every_script(script):
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--help"]
@@ -132,6 +165,10 @@ UNITS = {
     "dtype": "bfloat16",
     "seed": "from 0",
     "epochs": "in epochs",
+    "state-dict": "npz",
+    "mean": "in [0, 1], per channel",
+    "std": "deviation",
+    "parent-dir": "directory",
     "finetune-epochs": "in epochs",
     "methods": "mu_law-per_layer",
     "batch-size": "Images",
@@ -145,6 +182,7 @@ UNITS = {
     "flip": "mirrored",
     "calibration": "absmax",
     "calibration-batches": "batches",
+    "calibration-mu": "0 to 255",
     "steps-per-call": "steps",
     "checkpoint-every": "in epochs",
     "data-dir": "Directory",
@@ -225,9 +263,8 @@ def test_fields_are_overridden(call, monkeypatch):
 
 
 @pytest.fixture
-def tiny_run(tiny, monkeypatch, tmp_path):  # noqa: F811
+def tiny_run(tiny, tmp_path):  # noqa: F811
     """A tiny run's arguments, full precision alone."""
-    monkeypatch.setattr(evaluate, "load_data", experiments.load_data)
     config = tiny_config(tmp_path / "run", methods=())
     fields = ("epochs", "finetune_epochs", "batch_size", "warmup_epochs", "steps_per_call")
     given = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in fields]

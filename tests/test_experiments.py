@@ -20,10 +20,12 @@ from tiny_runs import (
     use_tiny,
 )
 
-from compand_jax import QuantConfig, Rule, experiments, stages, training
+from compand_jax import QuantConfig, Rule, experiments, import_state_dict, stages, training
+from compand_jax.data import ImageData
 from compand_jax.experiments import evaluate_stage, run
 from compand_jax.metrics_log import read_log
 from compand_jax.model_size import model_bytes
+from compand_jax.models import create_model
 from compand_jax.recipes import CONTROL, FULL_PRECISION, METHODS, to_json
 from compand_jax.run_directory import read_config, read_results
 from compand_jax.stages import finished
@@ -241,3 +243,44 @@ def test_empty_split_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="`train_images` must hold at least one image, got an em"):
         run(tiny_config(tmp_path / "run"))
     assert not list(tmp_path.iterdir())
+
+
+def test_full_precision_from_a_state_dict(tmp_path, monkeypatch):
+    """Of AlexNet, with no training: its variables are those of the file, and so is its accuracy."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
+    labels = np.arange(24, dtype=np.int32) % 10
+    data = ImageData("made-up", images, labels, images, labels, 10, (0.1,) * 3, (0.2,) * 3)
+    monkeypatch.setattr(experiments, "load_data", lambda *_: data)
+    model = create_model("alexnet", 10)
+    shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3),
+              10: (256, 256, 3, 3)}  # fmt: skip
+    arrays = {f"features.{n}.weight": 0.05 * rng.normal(size=s) for n, s in shapes.items()}
+    arrays |= {f"features.{n}.bias": rng.normal(size=s[0]) for n, s in shapes.items()}
+    arrays |= {"classifier.weight": rng.normal(size=(10, 256)), "classifier.bias": np.zeros(10)}
+    np.savez(tmp_path / "alexnet.npz", **arrays)
+    config = tiny_config(
+        tmp_path / "run", model="alexnet", dataset="cifar10", epochs=0, methods=(), batch_size=24,
+        state_dict=tmp_path / "alexnet.npz", mean=(0.5,) * 3, std=(0.25,) * 3,
+    )  # fmt: skip
+    table = run(config, progress=False)
+    stage, state = finished(config, experiments.load_run_data(config), FULL_PRECISION)
+    wanted = import_state_dict(arrays, model)
+    assert tree_bytes(state.variables) == tree_bytes(wanted)
+    x = (images / 255 - 0.5) / 0.25
+    logits = model.apply(wanted, jax.numpy.asarray(x, np.float32))
+    (result,) = read_results(config.run_dir)
+    assert result["correct"] == (np.argmax(logits, -1) == labels).sum()
+    assert (result["steps"], result["epochs"]) == (0, 0)
+    assert f"{result['test_accuracy']:.2f} %" in table
+    assert stage.fit.epochs == 0
+
+
+def test_table_of_a_run_without_a_reference(whole, tmp_path, tiny):  # noqa: F811
+    config = replace(
+        whole[0], run_dir=tmp_path / "run", parent_dir=whole[0].run_dir, methods=("uniform",),
+        record_dir=None,
+    )  # fmt: skip
+    table = run(config, progress=False)
+    assert table.splitlines()[2].split("|")[5].strip() == "-"
+    assert not (config.run_dir / FULL_PRECISION).exists()

@@ -94,6 +94,24 @@ def test_channels_and_uniform():
         np.testing.assert_allclose(found[site]["weight_scale"], top, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["single", "per_layer"])
+def test_scales_at_a_mu_that_is_given(scope):
+    qmodel = quantized(mu_scope=scope)
+    variables = drawn(qmodel.model, X)
+    qmodel, variables = qmodel.calibrate(variables, BATCHES, mu=255.0)
+    found, tensors = qmodel.quantizers(variables), by_hand(variables["params"])
+    for (site, operand), tensor in tensors.items():
+        assert found[site][f"{operand}_mu"] == pytest.approx(255, rel=1e-5)
+        scale, signed = float(found[site][f"{operand}_scale"]), bool(np.any(tensor < 0))
+
+        def error(scale, x=tensor, signed=signed):
+            return np.sum((x - cj.fake_quantize(x, 255.0, scale, bits=3, signed=signed)) ** 2)
+
+        # Hardly better is any of a fine grid; of so few values the error is jagged.
+        top = float(np.abs(tensor).max())
+        assert error(scale) <= 1.1 * min(map(error, top * np.linspace(0.05, 1.1, 200)))
+
+
 def test_one_pass_over_a_generator():
     taken = []
 
@@ -256,6 +274,9 @@ def test_bad_input():
         quantized().calibrate(variables, iter(()))
     with pytest.raises(ValueError, match=r"`calibration` must be one of mse, .* output, got 'max'"):
         quantized().calibrate(variables, [X], calibration="max")
+    for mu in (-1.0, 256.0, float("nan")):
+        with pytest.raises(ValueError, match=r"`mu` must be None or from 0 to 255, got"):
+            quantized().calibrate(variables, [X], mu=mu)
     rules = (cj.Rule("third", weight_bits=2),)
     with pytest.raises(ValueError, match=r"'third' matches none of 'first', 'second'"):
         quantized(rules=rules).calibrate(variables, [X])

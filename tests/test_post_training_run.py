@@ -110,7 +110,7 @@ def test_run_writes_every_row_once_and_goes_on_after_a_stop(config, evaluated, m
     assert run(config, progress=False) == (text, directory)
     assert snapshot(directory) == before
     assert text == (directory / "results.md").read_text() == document(read(config))
-    with (directory / "results.csv").open() as file:
+    with (directory / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["correct"]) for row in rows] == [row["correct"] for row in read(config)["rows"]]
     assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import command_line
 import pytest
+import study
 import update_readme
 
 from compand_jax.post_training_record import document, results_by_setting
 from compand_jax.post_training_tables import base_setting, tables
 from compand_jax.recipes import CONTROL, FULL_PRECISION, METHODS, RunConfig, preset
 from compand_jax.reports import results_table
+from compand_jax.study import shard
+from compand_jax.study_grid import STUDIES, study_cells
+from compand_jax.study_tables import read_csv
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,6 +75,46 @@ def test_training_commands_parse(command):
     name, *args = shlex.split(command)[2:]
     config = command_line.parse(RunConfig, args, default=preset(name))
     assert (config != preset(name)) == bool(args)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "scripts/study.py" in c])
+def test_study_commands_parse(command):
+    args = shlex.split(command.replace("$SLURM_ARRAY_TASK_ID", "7"))
+    options = command_line.parse(study.Args, args[args.index("scripts/study.py") + 1 :])
+    cells = study_cells(options.preset)
+    assert 0 < len(shard(cells, options.shard)) <= len(cells)
+
+
+def test_studies_are_named_and_have_a_block():
+    for name in STUDIES:
+        assert f"| `{name}` |" in README
+        assert README.count(f"<!-- results:{name} -->") == (name != "smoke")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("results/*/results.csv")), ids=lambda path: path.parent.name
+)
+def test_records_of_studies_are_complete_and_small(path):
+    rows = {row["name"]: row for row in read_csv(path)}
+    cells = {cell.name: cell for cell in study_cells(path.parent.name)}
+    if path.parent.name == "literature":
+        checkpoint = Path("resnet20.npz")
+        cells |= {c.name: c for c in study_cells("literature", checkpoint=checkpoint)}
+    for name, row in rows.items():
+        assert row["device"]
+        assert 0 < row["accuracy"] <= 100
+        if row["stage"] == "parent":
+            assert name in {cell.parent_name for cell in cells.values()}
+        else:
+            assert row["full_precision_accuracy"] is not None, "no control"
+            assert (row["network"], row["seed"]) == (
+                cells[name].config.model,
+                cells[name].config.seed,
+            )
+    files = [file for file in path.parent.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".json", ".csv", ".md", ".png"}
+    assert sum(file.stat().st_size for file in files) < 20e6
+    assert not any(str(Path.home()) in file.read_text() for file in path.parent.rglob("*.json"))
 
 
 def test_files_named_exist():

@@ -28,7 +28,10 @@ RULES = (Rule("conv1|dense", weight_bits=8, act_bits=None), Rule("norm.*", grid=
 def test_json_round_trip(name):
     config = preset(name)
     quant = QuantConfig(weight_bits=None, act_bits=3, act_signed=False, rules=RULES)
-    for changed in (config, dataclasses.replace(config, quant=quant, record_dir=Path("kept"))):
+    fields = {"state_dict": Path("a.npz"), "parent_dir": Path("parent"), "epochs": 0}
+    fields |= {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "calibration_mu": 255.0}
+    fields |= {"quant": quant, "record_dir": Path("kept")}
+    for changed in (config, dataclasses.replace(config, **fields)):
         stored = json.loads(json.dumps(to_json(changed)))
         assert from_json(stored) == changed
         assert differences(stored, changed) == []
@@ -67,7 +70,12 @@ def test_unknown_preset():
         ({"methods": ("x",)}, r"`methods` must be different ones of .*, got \('x',\)"),
         ({"methods": ("uniform",) * 2}, "`methods` must be different ones of"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
-        ({"epochs": 0}, "`epochs` must be an integer of at least 1, got 0"),
+        ({"epochs": -1}, "`epochs` must be an integer of at least 0, got -1"),
+        ({"epochs": 0}, "`epochs` must be an integer of at least 1, or 0 with `state_dict` or `p"),
+        ({"finetune_epochs": 0}, "`finetune_epochs` must be an integer of at least 1, got 0"),
+        ({"calibration_mu": 256.0}, "`calibration_mu` must be None or a number from 0 to 255, got"),
+        ({"mean": (0.5,)}, "`std` must be given where `mean` is, and only there, got None: change"),
+        ({"std": (0.5,)}, r"`std` must be given where `mean` is, and only there, got \(0.5,\)"),
         ({"batch_size": True}, "`batch_size` must be an integer of at least 1, got True"),
         ({"pad": -4}, "`pad` must be an integer of at least 0, got -4"),
         ({"learning_rate": float("nan")}, "`learning_rate` must be a finite number .*, got nan"),

@@ -145,12 +145,12 @@ def check_record(run_dir, record):
         assert (record / name).read_bytes() == (run_dir / name).read_bytes()
     # Where it ran on one machine is nothing to keep: all else is.
     config = json.loads((run_dir / "config.json").read_text())
-    kept = {key: value for key, value in config.items() if not key.endswith("_dir")}
-    assert len(kept) == len(config) - 3
+    kept = {key: value for key, value in config.items() if not key.endswith(("_dir", "_dict"))}
+    assert len(kept) == len(config) - 5
     assert json.loads((record / "config.json").read_text()) == kept
     for one in RESULTS:
         stored = json.loads((record / one["stage"] / "result.json").read_text())
-        kept = {k: v for k, v in one["config"].items() if not k.endswith("_dir")}
+        kept = {k: v for k, v in one["config"].items() if not k.endswith(("_dir", "_dict"))}
         assert stored == one | {"config": kept}
         assert {"seed", "config", "versions", "devices", "date"} <= stored.keys()
         log = read_log(record / one["stage"] / "metrics.jsonl")

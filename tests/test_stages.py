@@ -24,7 +24,7 @@ from compand_jax import QuantConfig, partition_optimizer, stages
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.data import normalize
 from compand_jax.partition import label_parameters
-from compand_jax.recipes import CONTROL, FULL_PRECISION
+from compand_jax.recipes import CONTROL, FULL_PRECISION, to_json
 from compand_jax.steps import TrainState, create_state
 from compand_jax.training import fit
 
@@ -179,6 +179,26 @@ def test_calibration_batches_are_augmented_training_images(parent):
     augmented = replace(config, pad=2)
     other = next(iter(stages.calibration_batches(augmented, data, jax.random.key(1))))[0]
     assert np.any(other != batches[0][0])
+
+
+def test_a_parent_elsewhere_is_what_the_fine_tuning_starts_from(parent):
+    config, end = parent
+    child = replace(config, run_dir=config.run_dir / "child", parent_dir=config.run_dir, seed=7)
+    (config.run_dir / "config.json").write_text(json.dumps(to_json(config)))
+    _, state, _ = begin(child, CONTROL)
+    chex.assert_trees_all_equal(state.params["params"], end.params["params"])
+    own = begin(config, CONTROL)[1]
+    assert np.any(jax.random.key_data(state.key) != jax.random.key_data(own.key))
+    with pytest.raises(FileNotFoundError, match="`run_dir` must be a run's directory, with config"):
+        begin(replace(child, parent_dir=config.run_dir / "none"), CONTROL)
+
+
+def test_calibration_holds_the_mu_that_is_given(parent):
+    config = replace(parent[0], calibration_mu=255.0)
+    stage, state, _ = begin(config, MU_LAW, checkpoints_of(config, "none"))
+    found = stage.quantized.quantizers(state.variables)
+    mus = [found[site][f"{kind}_mu"] for site in found for kind in ("weight", "act")]
+    np.testing.assert_allclose(mus, 255, rtol=1e-5)
 
 
 @pytest.mark.quick

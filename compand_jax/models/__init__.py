@@ -14,6 +14,7 @@ from compand_jax.models.layers import BLOCK_ORDERS as BLOCK_ORDERS
 from compand_jax.models.layers import check_choice
 from compand_jax.models.resnet import ResNet as ResNet
 from compand_jax.models.vgg import VGG as VGG
+from compand_jax.models.vgg_small import VGGSmall as VGGSmall
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
@@ -21,6 +22,7 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "alexnet": AlexNet,
         "alexnet-bn": functools.partial(AlexNet, norm="batch"),
         **{f"vgg{depth}": functools.partial(VGG, depth=depth) for depth in (11, 13, 16, 19)},
+        "vgg-small": VGGSmall,
         **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in (20, 32, 44, 56)},
     }
 )

@@ -1,0 +1,76 @@
+"""Compares quantizers over bits, mu scopes, arrangements, networks, data and seeds.
+
+Usage: study.py PRESET --out DIR. Every cell of the preset's grid is a training of its own. The same
+command started again goes on where it was: a finished cell is not run again, one that was
+stopped goes on at its last checkpoint, one that failed is tried again. Several processes may share
+DIR, each with a part of the grid (--shard i/n) or all with the whole of it.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from command_line import parse, run_script
+
+from compand_jax.study import Study, run_study, shard
+from compand_jax.study_estimates import estimates_table
+from compand_jax.study_grid import STUDIES, study_cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Compares quantizers over bits, mu scopes, arrangements, networks, data and seeds."""
+
+    preset: Annotated[str, tyro.conf.Positional]
+    """Which study: paper, literature, laptop, smoke or vgg19-short."""
+    out: Path
+    """Directory of the study: parents, cells, records."""
+    dry_run: bool = False
+    """List the cells, and how long they take by the steps measured; train nothing."""
+    shard: str = "0/1"
+    """Run part i of n, as i/n; i counts from 0 or from 1."""
+    parents: Path | None = None
+    """Directory of the full-precision parents, runs of scripts/train.py or of a study; finished
+    ones are taken as they are. Left out, DIR/parents."""
+    checkpoint: Path | None = None
+    """PyTorch's ResNet-20 (an .npz file of its state dict) that the preset literature starts from;
+    left out, it trains one."""
+    networks: tuple[str, ...] = ()
+    """Only the cells of these networks."""
+    discard_checkpoints: bool = False
+    """Delete a cell's checkpoints once it is recorded."""
+    data_dir: Path = Path("data")
+    """Directory of the prepared data sets."""
+
+
+def main(args: list[str]) -> None:
+    """Runs or lists the cells."""
+    lines = "\n".join(f"  {name}: {what}" for name, what in STUDIES.items())
+    options = parse(Args, args, description=f"{__doc__}\nPresets:\n{lines}")
+    checkpoint = None if options.checkpoint is None else options.checkpoint.absolute()
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(f"`checkpoint` must be a file, got {checkpoint}: correct it")
+    cells = study_cells(options.preset, checkpoint=checkpoint, networks=options.networks)
+    cells = shard(cells, options.shard)
+    parents = options.parents or options.out / "parents"
+    study = Study(
+        options.preset, options.out, parents, options.data_dir, options.discard_checkpoints
+    )
+    if options.dry_run:
+        print(estimates_table(study, cells))
+        return
+    failed = run_study(study, cells)
+    if failed:
+        raise ValueError(
+            f"`preset` must run whole, got {len(failed)} failed cells, {failed[0]} first: see "
+            f"{options.out / 'failures'}, and give the same command again"
+        )
+    left = sum(not study.is_finished(cell) for cell in cells)
+    print(f"In {options.out}: {len(cells) - left} of {len(cells)} cells finished"
+          f"{', others at work on the rest' if left else ''}; now scripts/report.py")  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
