@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 Pad = tuple[int, int]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def strided_conv(
     lhs: Array, rhs: Array, stride: int, padding: tuple[Pad, Pad], precision: Any = None
 ) -> Array:
@@ -32,25 +31,34 @@ def strided_conv(
       precision: as in `lax.conv_general_dilated`.
 
     Returns:
-      [batch, h', w', out] in lhs's dtype. Gradient: that of the sums, to rounding.
+      [batch, h', w', out] in lhs's dtype. Gradient: that of the sums, to rounding; in reverse mode.
     """
     return lax.conv_general_dilated(
         lhs, rhs, (stride, stride), padding, dimension_numbers=_NHWC, precision=precision
     )
 
 
-@functools.partial(strided_conv.defjvp, symbolic_zeros=True)
-def _strided_conv_jvp(
-    stride: int, padding: tuple[Pad, Pad], precision: Any, primals: tuple, tangents: tuple
+def _strided_conv_fwd(lhs: Array, rhs: Array, *static: Any) -> tuple[Array, tuple[Array, Array]]:
+    return strided_conv(lhs, rhs, *static), (lhs, rhs)
+
+
+def _strided_conv_bwd(
+    stride: int, padding: tuple[Pad, Pad], precision: Any, operands: tuple, cotangent: Array
 ) -> tuple[Array, Array]:
-    (lhs, rhs), (lhs_dot, rhs_dot) = primals, tangents
-    out = strided_conv(lhs, rhs, stride, padding, precision)
-    out_dot = jnp.zeros_like(out)
-    if not isinstance(lhs_dot, SymbolicZero):
-        out_dot += space_to_depth_conv(lhs_dot, rhs, stride, padding, precision)
-    if not isinstance(rhs_dot, SymbolicZero):
-        out_dot += strided_conv(lhs, rhs_dot, stride, padding, precision)
-    return out, out_dot
+    lhs, rhs = operands
+
+    def of_maps(lhs):
+        return space_to_depth_conv(lhs, rhs, stride, padding, precision)
+
+    def of_kernel(rhs):
+        return lax.conv_general_dilated(
+            lhs, rhs, (stride, stride), padding, dimension_numbers=_NHWC, precision=precision
+        )
+
+    return jax.vjp(of_maps, lhs)[1](cotangent) + jax.vjp(of_kernel, rhs)[1](cotangent)
+
+
+strided_conv.defvjp(_strided_conv_fwd, _strided_conv_bwd)
 
 
 def space_to_depth_conv(
