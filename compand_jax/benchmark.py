@@ -131,8 +131,9 @@ def compile_step(problem: Problem) -> Case:
     began = time.perf_counter()
     step = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - began
-    temp_bytes = step.memory_analysis().temp_size_in_bytes
-    return Case(functools.partial(step, *arguments), seconds, temp_bytes)
+    analysis = step.memory_analysis()
+    assert analysis is not None
+    return Case(functools.partial(step, *arguments), seconds, analysis.temp_size_in_bytes)
 
 
 def time_in_turns(

@@ -224,10 +224,10 @@ def _buckets(magnitude: Array, mu: Array, scale: Array, count: int) -> Array:
     return jnp.minimum(position >> shift, count - 1)
 
 
-@functools.partial(jnp.vectorize, signature="(n)->(m)", excluded=(1,))
 def _count_below(numbers: Array, end: int) -> Array:
     """Returns how many of the ascending numbers are below 0, 1, ..., end - 1."""
-    return jnp.searchsorted(numbers, jnp.arange(end), method="scan_unrolled")
+    count = functools.partial(jnp.searchsorted, v=jnp.arange(end), method="scan_unrolled")
+    return jnp.vectorize(count, signature="(n)->(m)")(numbers)
 
 
 def _take_many(table: Array, indices: Array) -> Array:
