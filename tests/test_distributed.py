@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.distributed import data_mesh, initialize, replicate
@@ -104,7 +105,7 @@ def test_written_once_and_readable_by_either(outputs):
                 name: jax.ShapeDtypeStruct(tuple(shape), dtype)
                 for name, (dtype, shape) in leaves.items()
             }
-            found = checkpoints.restore(target)
+            found = checkpoints.restore(traverse_util.unflatten_dict(target, sep="/"))
             assert found is not None
             trees.append(found[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), *trees)
