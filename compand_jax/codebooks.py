@@ -226,7 +226,10 @@ def _buckets(magnitude: Array, mu: Array, scale: Array, count: int) -> Array:
 
 def _count_below(numbers: Array, end: int) -> Array:
     """Returns how many of the ascending numbers are below 0, 1, ..., end - 1."""
-    count = functools.partial(jnp.searchsorted, v=jnp.arange(end), method="scan_unrolled")
+
+    def count(numbers: Array) -> Array:
+        return jnp.searchsorted(numbers, jnp.arange(end), method="scan_unrolled")
+
     return jnp.vectorize(count, signature="(n)->(m)")(numbers)
 
 
