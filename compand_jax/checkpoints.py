@@ -19,6 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint.options import MultiprocessingOptions
+
+from compand_jax.distributed import is_main, wait_for_all
 
 Tree = Any
 _MAX_TO_KEEP = 2
@@ -29,7 +32,9 @@ _SEAL = "files.json"
 class Checkpoints:
     """The checkpoints of one training in one directory: the newest two are kept.
 
-    Use it as a context manager, or call `close`. What is in the directory already is kept.
+    Use it as a context manager, or call `close`. What is in the directory already is kept. Of many
+    processes, all save, which the main one does for all, and each restores for itself, from a
+    directory that all of them see: a checkpoint is the same for any number of processes.
 
     Args:
       directory: made at the first `save`.
@@ -72,13 +77,20 @@ class Checkpoints:
         Args:
           step: names it; larger than that of every sound checkpoint there. Others, which were
             passed over as damaged, are deleted.
-          tree: a pytree of arrays, PRNG keys among them.
+          tree: a pytree of arrays, PRNG keys among them; each process has the whole of it.
           metadata: anything that JSON can hold.
 
         Raises:
           OSError: if it cannot be written; the checkpoints before it stay.
         """
+        if is_main():
+            self._write(step, tree, metadata)
+        wait_for_all(f"checkpoint {step} in {self.directory}")
+
+    def _write(self, step: int, tree: Tree, metadata: dict | None) -> None:
         flat = _flatten(tree)
+        if jax.process_count() > 1:
+            flat = jax.device_get(flat)  # orbax would wait for the others
         described = {
             "metadata": metadata or {},
             "leaves": _describe(flat),
@@ -131,7 +143,10 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=_MAX_TO_KEEP, cleanup_tmp_directories=True
+                max_to_keep=_MAX_TO_KEEP,
+                create=False,
+                cleanup_tmp_directories=True,
+                multiprocessing_options=_alone(),
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
@@ -169,7 +184,7 @@ class Checkpoints:
 
     def _read(self, step: int, target: Tree) -> dict:
         abstract = jax.tree.map(_abstract, _flatten(target))
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
             return checkpointer.restore(self.directory / str(step) / "state", abstract)
 
     def _warn(self, step: int, error: Exception) -> None:
@@ -187,6 +202,16 @@ class Checkpoints:
                     f"model, with {name} {_shown(wanted.get(name))}, got "
                     f"{_shown(found.get(name))}: choose another directory or model"
                 )
+
+
+def _alone() -> MultiprocessingOptions:
+    """Returns the option that makes orbax wait for no other process."""
+    if jax.process_count() == 1:
+        return MultiprocessingOptions()
+    own = jax.process_index()
+    return MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
 
 
 def _shown(leaf: list | None) -> str:

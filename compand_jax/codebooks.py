@@ -18,20 +18,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from compand_jax.companding import (
     check_values,
     compute_dtype,
-    mu_law_compress,
     mu_law_expand,
 )
 
 GRIDS = ("midtread", "midrise")
 ONE_BIT_REMEDY = "grid='midrise' or signed=False"
 
-# Up to so many thresholds a chain of comparisons is cheaper than one logarithm per element.
+# Up to so many thresholds comparing with each is cheaper than finding out which one matters.
 _MAX_COMPARISONS = 15
 
 
@@ -173,7 +173,7 @@ def look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec)
     thresholds = expand_positions(positions(spec)[1], mu, scale)
     if thresholds.shape[-1] <= _MAX_COMPARISONS:
         return _compare_all(magnitude, thresholds, table, spec)
-    return take(table, _compress_and_correct(magnitude, mu, scale, thresholds, spec))
+    return _compare_one(magnitude, mu, scale, thresholds, table, spec)
 
 
 def _beyond(magnitude: Array, threshold: Array, spec: Spec) -> Array:
@@ -187,18 +187,54 @@ def _compare_all(magnitude: Array, thresholds: Array, table: Array, spec: Spec) 
     return value
 
 
-def _compress_and_correct(
-    magnitude: Array, mu: Array, scale: Array, thresholds: Array, spec: Spec
+def _compare_one(
+    magnitude: Array, mu: Array, scale: Array, thresholds: Array, table: Array, spec: Spec
 ) -> Array:
-    # The curve's float32 value lands within one step of the right one; the thresholds decide.
-    magnitude = jnp.minimum(jnp.nan_to_num(magnitude, posinf=jnp.inf), scale)
-    step = spec.steps * mu_law_compress(magnitude / scale, mu) + (0 if spec.midrise else 0.5)
-    index = jnp.clip(step.astype(jnp.int32), 0, thresholds.shape[-1])
+    # Buckets so narrow that none holds two thresholds: it says which one to compare with.
+    count = 4 * 2 ** (spec.bits - spec.signed)
+    found = _buckets(jnp.where(magnitude >= 0, magnitude, 0), mu, scale, count)  # NaN has code 0
+    with_end = (a[..., None] if a.ndim else a for a in (mu, scale))
+    # How many thresholds lie in lower buckets; what they were at, and the entry, follows.
+    below = _count_below(_buckets(thresholds, *with_end, count), count + 1)
     end = jnp.full_like(thresholds[..., :1], jnp.inf)
-    bounds = jnp.concatenate([-end, thresholds, end], -1)
-    inside = _beyond(magnitude, take(bounds, index), spec)
-    over = _beyond(magnitude, take(bounds, index + 1), spec)
-    return index - 1 + inside.astype(jnp.int32) + over.astype(jnp.int32)
+    threshold = _take_many(jnp.concatenate([thresholds, end], -1), below[..., :-1])
+    entries = _take_many(table, below)
+    # They are in order: XLA fuses no sort, and would else make them anew for every magnitude.
+    threshold, entries = jnp.sort(threshold, -1), jnp.sort(entries, -1)
+    beyond = _beyond(magnitude, take(threshold, found), spec)
+    return jnp.where(beyond, take(entries[..., 1:], found), take(entries[..., :-1], found))
+
+
+def _buckets(magnitude: Array, mu: Array, scale: Array, count: int) -> Array:
+    """Returns an integer in [0, count) that grows with the magnitude in about even steps of F.
+
+    As in G.711's codecs, the leading bits of |x| + c/mu as a floating-point number are a piecewise
+    linear logarithm. Its slope is off by a factor of at most 1.5, so that at least count/2
+    buckets on [0, c] are narrower than any of count/4 intervals that are even in F; below mu = 1,
+    where F is nearly straight, mu = 1 does. Everything here is exact or monotone.
+    """
+    bits = jnp.int64 if mu.dtype == jnp.float64 else jnp.int32
+    # A power of two that brings the scale near 1, so that c/mu is no subnormal number.
+    unit = jnp.ldexp(jnp.ones_like(scale), -jnp.minimum(jnp.frexp(scale)[1], 126))
+    offset = scale * unit / jnp.maximum(mu, 1)
+    start = lax.bitcast_convert_type(offset, bits)
+    width = lax.bitcast_convert_type(offset + scale * unit, bits) - start
+    shift = jnp.iinfo(bits).bits - lax.clz(width) - (count.bit_length() - 1)
+    position = lax.bitcast_convert_type(magnitude * unit + offset, bits) - start
+    return jnp.minimum(position >> shift, count - 1)
+
+
+def _count_below(numbers: Array, end: int) -> Array:
+    """Returns how many of the ascending numbers are below 0, 1, ..., end - 1."""
+
+    def count(numbers: Array) -> Array:
+        return jnp.searchsorted(numbers, jnp.arange(end), method="scan_unrolled")
+
+    return jnp.vectorize(count, signature="(n)->(m)")(numbers)
+
+
+def _take_many(table: Array, indices: Array) -> Array:
+    return take(table if table.ndim == 1 else table[..., None, :], indices)
 
 
 def take(table: Array, index: Array) -> Array:

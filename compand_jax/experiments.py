@@ -10,6 +10,7 @@ import jax
 
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.data import ImageData, load_data
+from compand_jax.distributed import is_main, wait_for_all
 from compand_jax.metrics_log import read_log
 from compand_jax.model_size import model_bytes
 from compand_jax.recipes import FULL_PRECISION, METHODS, RunConfig, to_json
@@ -44,7 +45,7 @@ def run(config: RunConfig, *, progress: bool = True) -> str:
     """
     train_stages(config, load_run_data(config), progress=progress)
     try:
-        return write_reports(config.run_dir, config.record_dir)
+        return write_reports(config.run_dir, config.record_dir) if is_main() else ""
     except OSError as error:
         raise _with_advice(error, config) from error
 
@@ -84,7 +85,9 @@ def train_stages(config: RunConfig, data: ImageData, *, progress: bool = True) -
     # Two checkpoints are kept while the next is written. This looks at every stage's layers, too:
     # a rule that matches none is an error before the first stage is trained.
     needed = 3 * sum(state_bytes(config, data, stage) for stage in stages)
-    open_run_dir(config, needed)
+    if is_main():
+        open_run_dir(config, needed)
+    wait_for_all("run directory")
     try:
         for stage in stages:
             _run_stage(config, data, stage, progress)
@@ -141,7 +144,10 @@ def _run_stage(config: RunConfig, data: ImageData, stage: Stage, progress: bool)
         )
         if not checkpoints.steps():  # there was nothing to train
             checkpoints.save(int(state.step), state, metadata)
-    write_json(path, _result(config, data, stage, state, metadata, log))
+    result = _result(config, data, stage, state, metadata, log)
+    if is_main():
+        write_json(path, result)
+    wait_for_all(f"result of {stage.name}")
 
 
 def _description(stage: Stage):

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir", "parent_dir")
 PATH_FIELDS = (*DIRECTORY_FIELDS, "state_dict")
 # What changes no result but for rounding, so that a run may go on with another value.
-FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", *DIRECTORY_FIELDS)
+FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", "distributed", *DIRECTORY_FIELDS)
 # What only matters once a fine-tuning has begun.
 FINETUNE_FIELDS = (
     "finetune_epochs",
@@ -101,6 +101,9 @@ class RunConfig:
     compilation time grows with it."""
     checkpoint_every: int = 1
     """Distance of checkpoints, in epochs."""
+    distributed: bool = False
+    """Whether this is one of several processes that train together, on one machine or many; see
+    "Many machines" in the README."""
     data_dir: Path = Path("data")
     """Directory of the prepared data sets."""
     run_dir: Path = Path("runs/digits")

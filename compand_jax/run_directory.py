@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +128,17 @@ def write_text(path: str | Path, text: str) -> None:
         raise
 
 
-def provenance() -> dict:
-    """Returns what a result was made with: versions, devices, and the date in UTC."""
+def provenance(packages: Sequence[str] = ()) -> dict:
+    """Returns what a result was made with: versions, devices, and the date in UTC.
+
+    Args:
+      packages: distributions to name besides this project's own dependencies.
+    """
     devices = jax.devices()
     kind = devices[0].device_kind
     return {
         "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
+        | {name: _version(name) for name in (*_PACKAGES, *packages)},
         "devices": f"{len(devices)} x {_cpu_model() if kind == 'cpu' else kind}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -12,6 +12,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
 from compand_jax.data import normalize
+from compand_jax.distributed import data_mesh, everywhere, replicate, split
 
 TRAINABLE = ("params", "compand")
 """The collections that are trained, where a model has them."""
@@ -144,7 +145,8 @@ def evaluate(
       labels: int32 [n].
       mean: per channel, as in `ImageData`.
       std: per channel, as in `ImageData`.
-      batch_size: images at a time; the last batch is padded.
+      batch_size: images at a time, divided among all devices; the last batch is padded, and each
+        to a multiple of the devices.
 
     Raises:
       ValueError: if there are no images.
@@ -155,6 +157,9 @@ def evaluate(
             "`images` must hold at least one image, got an empty split: choose another"
         )
 
+    mesh = data_mesh()
+    variables = replicate(variables, mesh)
+    batch_size = -(-batch_size // mesh.size) * mesh.size
     counts = []
     for start in range(0, n, batch_size):
         rows = np.arange(start, start + batch_size)
@@ -167,11 +172,16 @@ def evaluate(
             model=model,
             mean=tuple(mean),
             std=tuple(std),
+            mesh=mesh,
         )
         counts.append(counted)
     return int(sum(np.asarray(counted) for counted in counts))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mean", "std"))
-def _count(variables, images, labels, mask, *, model, mean, std):
-    return eval_step(variables, normalize(images, mean, std), labels, mask, model=model)
+@functools.partial(jax.jit, static_argnames=("model", "mean", "std", "mesh"))
+def _count(variables, images, labels, mask, *, model, mean, std, mesh):
+    batch = normalize(images, mean, std), labels, mask
+    count = eval_step(
+        variables, *jax.lax.with_sharding_constraint(batch, split(mesh)), model=model
+    )
+    return jax.lax.with_sharding_constraint(count, everywhere(mesh))

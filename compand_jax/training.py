@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 from tqdm import tqdm
 
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.data import ImageData, augment, normalize
+from compand_jax.distributed import data_mesh as data_mesh
+from compand_jax.distributed import everywhere, is_main, replicate, split
 from compand_jax.metrics_log import append_log, truncate_log
 from compand_jax.steps import TrainState as TrainState
 from compand_jax.steps import create_state as create_state
@@ -65,12 +66,6 @@ class FitConfig:
         return max(d for d in range(1, min(self.steps_per_call, steps) + 1) if steps % d == 0)
 
 
-def data_mesh(devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Returns a mesh with the axis "data" over the devices, by default all of them."""
-    devices = jax.devices() if devices is None else list(devices)
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
 def make_chunk(
     data: ImageData,
     config: FitConfig,
@@ -92,7 +87,7 @@ def make_chunk(
     unroll = length if jax.default_backend() == "cpu" else 1
     make_batch = _batch_maker(data, config, mesh)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=_everywhere(mesh))
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere(mesh))
     def chunk(state, images, labels):
         # A chunk never crosses the end of an epoch, so one permutation does.
         epoch_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step // per_epoch)
@@ -117,7 +112,7 @@ def make_chunk(
 
 def _batch_maker(data: ImageData, config: FitConfig, mesh: jax.sharding.Mesh) -> Callable:
     per_epoch = config.steps_per_epoch(len(data.train_labels))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = split(mesh)
 
     def make_batch(state, images, labels, order):
         start = (state.step % per_epoch) * config.batch_size
@@ -138,10 +133,6 @@ def _add(sums: dict, measured: dict, step: Array) -> dict:
         "correct": sums["correct"] + measured["correct"],
         "bad_step": jnp.where(first, step, sums["bad_step"]),
     }
-
-
-def _everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def fit(
@@ -175,7 +166,8 @@ def fit(
         after the state's step are dropped.
       describe: a jitted function of the state, whose arrays are added to the row.
       progress: label of the progress bar; None shows none.
-      devices: data-parallel over these; by default all.
+      devices: data-parallel over these; by default all of all processes. Logs, checkpoints and
+        the progress bar are those of the main process.
 
     Raises:
       ValueError: if a batch is larger than the split or does not divide over the devices.
@@ -187,9 +179,10 @@ def fit(
     n = len(data.train_labels)
     per_epoch, length = config.steps_per_epoch(n), config.steps_a_call(n)
     step, total = int(state.step), config.epochs * per_epoch
-    # Copied, because the state is donated and a device_put may be none.
-    state = jax.device_put(jax.tree.map(jnp.copy, state), _everywhere(mesh))
-    images, labels = jax.device_put((data.train_images, data.train_labels), _everywhere(mesh))
+    state = replicate(state, mesh)  # a copy, because it is donated
+    images, labels = replicate((data.train_images, data.train_labels), mesh)
+    if not is_main():
+        log = progress = None
     if log is not None:
         truncate_log(log, step)
     chunk = make_chunk(data, config, model=model, tx=tx, mesh=mesh)

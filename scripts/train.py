@@ -8,6 +8,7 @@ import sys
 
 from command_line import parse, run_script
 
+from compand_jax.distributed import initialize, is_main
 from compand_jax.experiments import run
 from compand_jax.recipes import PRESETS, RunConfig, preset
 
@@ -17,8 +18,11 @@ def main(args: list[str]) -> None:
     name = args.pop(0) if args and not args[0].startswith("-") else "digits"
     description = f"{__doc__}\nPresets: {', '.join(PRESETS)}. Defaults below are those of {name}."
     config = parse(RunConfig, args, default=preset(name), description=description)
+    if config.distributed:
+        initialize()
     table = run(config)
-    print(f"\n{table}\n\nIn {config.run_dir}: results.md, plot.png, metrics and checkpoints")
+    if is_main():
+        print(f"\n{table}\n\nIn {config.run_dir}: results.md, plot.png, metrics and checkpoints")
 
 
 if __name__ == "__main__":

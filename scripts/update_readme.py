@@ -8,10 +8,14 @@ from pathlib import Path
 
 from command_line import parse, run_script
 
+from compand_jax.benchmark_report import benchmark_text
 from compand_jax.post_training_record import document
 from compand_jax.reports import results_table
 from compand_jax.study_report import study_block
 
+_BENCHMARK = re.compile(
+    r"(<!-- (?P<name>benchmark-\w+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL
+)
 _BLOCK = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -20,8 +24,8 @@ class Args:
     """Writes the tables of recorded runs into the README, between their markers."""
 
     readme: Path = Path("README.md")
-    """File with lines `<!-- results:NAME -->` and `<!-- /results -->`; what is between them is
-    replaced."""
+    """File with lines `<!-- results:NAME -->` and `<!-- /results -->`, or `<!-- benchmark-NAME -->`
+    and `<!-- /benchmark -->`; what is between them is replaced."""
     results: Path = Path("results")
     """Directory of the records: NAME/results.json and NAME/results.md of a run, or
     NAME/results.csv and NAME/report.md of a study."""
@@ -58,7 +62,20 @@ def fill(text: str, results: Path) -> str:
                 f"`readme` must have one block for each record, got {count} for {path}: write the "
                 f"lines <!-- results:{name} --> and <!-- /results -->"
             )
+    text = _BENCHMARK.sub(
+        lambda match: match[1] + benchmark_block(results / match["name"]) + match[3], text
+    )
     return _BLOCK.sub(lambda match: match[1] + block(results / match["name"]) + match[3], text)
+
+
+def benchmark_block(record: Path) -> str:
+    """Returns the text for a benchmark's record; empty where there is none."""
+    path = record / "benchmark.json"
+    if not path.is_file():
+        return ""
+    text = benchmark_text(json.loads(path.read_text()))
+    place = record.as_posix()
+    return f"\n{text}\n\nRecord and curves: [{place}]({place}).\n\n"
 
 
 def block(record: Path) -> str:

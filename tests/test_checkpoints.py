@@ -51,7 +51,7 @@ def test_restores_the_newest_bit_for_bit(directory):
 
 def test_devices_of_the_save_need_not_be_there(tmp_path):
     mesh = training.data_mesh()
-    replicated = jax.device_put({"w": jnp.ones((4, 4))}, training._everywhere(mesh))
+    replicated = jax.device_put({"w": jnp.ones((4, 4))}, training.everywhere(mesh))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, replicated)
         found = checkpoints.restore(jax.eval_shape(lambda: replicated))

@@ -77,7 +77,7 @@ def count_chunks(monkeypatch):
 
 def test_a_chunk_transfers_nothing_and_donates_its_state():
     data, mesh = tiny_data(), training.data_mesh()
-    everywhere = training._everywhere(mesh)
+    everywhere = training.everywhere(mesh)
     chunk = training.make_chunk(data, CONFIG, model=MODEL, tx=TX, mesh=mesh)
     first = jax.device_put(start(), everywhere)
     images, labels = jax.device_put((data.train_images, data.train_labels), everywhere)
@@ -165,7 +165,7 @@ def test_eight_devices_step_like_one(augmented):
     for count in (1, 8):
         mesh = training.data_mesh(jax.devices()[:count])
         chunk = training.make_chunk(data, config, model=MODEL, tx=tx, mesh=mesh)
-        where = training._everywhere(mesh)
+        where = training.everywhere(mesh)
         state = jax.device_put(start(tx=tx), where)
         placed = jax.device_put((data.train_images, data.train_labels), where)
         state, sums = chunk(state, *placed)

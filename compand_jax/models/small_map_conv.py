@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from compand_jax.models.strided_conv import Pad, strided_conv
+
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
@@ -21,7 +23,8 @@ def conv_general_dilated(
 
     On a CPU, a plain convolution with a kernel larger than the map is computed as one matrix
     product for every output pixel, of the map's part that the kernel reaches and the kernel's
-    part that reaches the map: nothing is multiplied with padding. All else goes to `jax.lax`.
+    part that reaches the map: nothing is multiplied with padding. One whose kernel is larger than
+    two strides is a `strided_conv`. All else goes to `jax.lax`.
 
     Args:
       lhs: maps [batch, h, w, in].
@@ -33,40 +36,47 @@ def conv_general_dilated(
     Returns:
       [batch, h', w', out] in lhs's dtype. Gradient: that of the sums, to rounding.
     """
-    if not _is_slow(lhs, rhs, window_strides, **kwargs):
+    if not _is_plain(**kwargs):
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+    precision = kwargs.get("precision")
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], window_strides, padding)
-    rows, columns = (
-        _reaches(size, taps, int(low), int(high))
-        for size, taps, (low, high) in zip(lhs.shape[1:3], rhs.shape[:2], padding, strict=True)
+    rows, columns = ((int(low), int(high)) for low, high in padding)
+    strides, sizes, taps = set(window_strides), lhs.shape[1:3], rhs.shape[:2]
+    if len(strides) == 1 and 1 < window_strides[0] < min(taps) / 2:
+        return strided_conv(lhs, rhs, window_strides[0], (rows, columns), precision)
+    if strides != {1} or (taps[0] <= sizes[0] and taps[1] <= sizes[1]):
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+    return _products(lhs, rhs, rows, columns, precision)
+
+
+def _products(lhs: Array, rhs: Array, rows: Pad, columns: Pad, precision: Any) -> Array:
+    """Returns the convolution of stride 1, every output pixel as one matrix product."""
+    reached_rows, reached_columns = (
+        _reaches(size, taps, *pad)
+        for size, taps, pad in zip(lhs.shape[1:3], rhs.shape[:2], (rows, columns), strict=True)
     )
     pixels = [
-        jnp.einsum("bhwi,hwio->bo", lhs[:, y, x], rhs[v, u], precision=kwargs.get("precision"))
-        for y, v in rows
-        for x, u in columns
+        jnp.einsum("bhwi,hwio->bo", lhs[:, y, x], rhs[v, u], precision=precision)
+        for y, v in reached_rows
+        for x, u in reached_columns
     ]
-    return jnp.stack(pixels, axis=1).reshape(lhs.shape[0], len(rows), len(columns), -1)
+    shape = (lhs.shape[0], len(reached_rows), len(reached_columns), -1)
+    return jnp.stack(pixels, axis=1).reshape(shape)
 
 
-def _is_slow(
-    lhs: Array,
-    rhs: Array,
-    window_strides: Any,
+def _is_plain(
     lhs_dilation: Any = None,
     rhs_dilation: Any = None,
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
     **kwargs: Any,
 ) -> bool:
-    """Whether XLA would run it in its naive loop, and it is as plain as is computed here."""
+    """Whether it is on a CPU, and as plain as is computed here."""
     return (
         jax.default_backend() == "cpu"
         and dimension_numbers == _NHWC
-        and any(taps > size for taps, size in zip(rhs.shape[:2], lhs.shape[1:3], strict=True))
-        and all(
-            set(factors or (1,)) == {1} for factors in (window_strides, lhs_dilation, rhs_dilation)
-        )
+        and all(set(factors or (1,)) == {1} for factors in (lhs_dilation, rhs_dilation))
         and feature_group_count == 1
         and kwargs.keys() <= {"precision"}
     )
