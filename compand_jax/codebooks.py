@@ -193,9 +193,9 @@ def _compare_one(
     # Buckets so narrow that none holds two thresholds: it says which one to compare with.
     count = 4 * 2 ** (spec.bits - spec.signed)
     found = _buckets(jnp.where(magnitude >= 0, magnitude, 0), mu, scale, count)  # NaN has code 0
-    with_end = (a[..., None] if a.ndim else a for a in (mu, scale))
+    mu, scale = (a[..., None] if a.ndim else a for a in (mu, scale))
     # How many thresholds lie in lower buckets; what they were at, and the entry, follows.
-    below = _count_below(_buckets(thresholds, *with_end, count), count + 1)
+    below = _count_below(_buckets(thresholds, mu, scale, count), count + 1)
     end = jnp.full_like(thresholds[..., :1], jnp.inf)
     threshold = _take_many(jnp.concatenate([thresholds, end], -1), below[..., :-1])
     entries = _take_many(table, below)

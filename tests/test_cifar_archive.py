@@ -139,7 +139,9 @@ def test_changed_byte_is_refused(at, make, tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("content", [b"not compressed", gzip.compress(b"not a tar" * 1000)])
+@pytest.mark.parametrize(
+    "content", [b"not compressed", gzip.compress(b"not a tar" * 1000)], ids=["plain", "packed"]
+)
 def test_other_file_is_refused(content, specs, tmp_path):
     archive = tmp_path / "cifar-10-binary.tar.gz"
     archive.write_bytes(content)
