@@ -43,7 +43,8 @@ def round_with_feedback(
       spec: the quantizer.
 
     Returns:
-      Values that the quantizer leaves as they are. Where H is diagonal they are Q(rows).
+      Values that the quantizer leaves as they are: of each row those with feedback, or Q(rows)
+      where that changes the output less, as it may with few inputs.
     """
     diagonal = jnp.diagonal(moments)
     order = jnp.argsort(-diagonal)
@@ -56,15 +57,28 @@ def round_with_feedback(
     identity = jnp.eye(len(moments), dtype=moments.dtype)
     upper = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
 
+    quantize = functools.partial(
+        fake_quantize,
+        mu=mu,
+        scale=scales[:, None],
+        bits=spec.bits,
+        signed=spec.signed,
+        grid=spec.grid,
+    )
+
     def round_next(k: Array, rows: Array) -> Array:
         column = jax.lax.dynamic_slice_in_dim(rows, k, 1, 1)
-        quantized = fake_quantize(
-            column, mu, scales[:, None], bits=spec.bits, signed=spec.signed, grid=spec.grid
-        )
+        quantized = quantize(column)
         factors = jax.lax.dynamic_slice_in_dim(upper, k, 1, 0)
         factors = factors / jax.lax.dynamic_slice_in_dim(factors, k, 1, 1)
         rows = rows - (column - quantized) * factors
         return jax.lax.dynamic_update_slice_in_dim(rows, quantized, k, 1)
 
     rounded = jax.lax.fori_loop(0, len(moments), round_next, rows[:, order])
-    return rounded[:, jnp.argsort(order)]
+    rounded, plain = rounded[:, jnp.argsort(order)], quantize(rows)
+
+    def output_error(quantized: Array) -> Array:
+        change = rows - quantized
+        return jnp.sum(change * jnp.matmul(change, moments, precision="highest"), 1, keepdims=True)
+
+    return jnp.where(output_error(rounded) < output_error(plain), rounded, plain)

@@ -149,8 +149,8 @@ def fit_parameters(
     sites: Mapping[str, Site],
     seen: Observations,
     calibration: str,
-    percentile: float,
-    mu: float | None = None,
+    percentile: float | int,
+    mu: float | int | None = None,
 ) -> dict[str, Any]:
     """Returns the collection "compand": every mu and scale, fitted to what was observed.
 

@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -160,8 +160,8 @@ class QuantizedModel:
         batches: Iterable,
         *,
         calibration: str = "mse",
-        percentile: float = 99.9,
-        mu: float | None = None,
+        percentile: float | int = 99.9,
+        mu: float | int | None = None,
         error_feedback: bool = False,
         batch_stats: bool = False,
         **model_kwargs: Any,
@@ -201,7 +201,7 @@ class QuantizedModel:
         """
         _check_calibration(calibration, percentile, mu)
         rest = {name: value for name, value in variables.items() if name != "compand"}
-        if batch_stats and iter(batches) is batches:
+        if batch_stats and isinstance(batches, Iterator):
             batches = list(batches)
         seen = observe(
             self.model,
@@ -232,8 +232,8 @@ class QuantizedModel:
         variables: Mapping[str, Any],
         *,
         calibration: str = "mse",
-        percentile: float = 99.9,
-        mu: float | None = None,
+        percentile: float | int = 99.9,
+        mu: float | int | None = None,
         error_feedback: bool = False,
     ) -> tuple["QuantizedModel", dict[str, Any]]:
         """Returns what `calibrate` does, of what `observe` saw: once, for any number of configs.
@@ -324,7 +324,7 @@ class QuantizedModel:
         return site_from_config(self.config, name)
 
 
-def _check_calibration(calibration: str, percentile: float, mu: float | None) -> None:
+def _check_calibration(calibration: str, percentile: float | int, mu: float | int | None) -> None:
     require_choice("calibration", calibration, CALIBRATIONS)
     if not 0 < percentile <= 100:
         raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")

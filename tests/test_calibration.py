@@ -183,6 +183,59 @@ def test_eight_bits():
     assert squared_error(x, mu, scale[0], eight) <= 1.001 * errors.min()
 
 
+@pytest.mark.parametrize("percentile", [50.0, 97.0, 100.0])
+def test_percentile_of_a_tensor_and_of_channels(percentile):
+    x = np.stack([source("student", 500), 3 * source("laplacian", 500)])
+    channels, tensor = (sample_from_weights([jnp.asarray(x)], axes) for axes in ((-2,), ()))
+    arguments = {"calibration": "percentile", "percentile": percentile}
+    _, (scales,), _ = fit_group([channels], [FOUR], **arguments)
+    _, (scale,), _ = fit_group([tensor], [FOUR], **arguments)
+    expected = np.percentile(np.abs(x), percentile, axis=1, method="inverted_cdf")
+    np.testing.assert_allclose(scales, expected, rtol=1e-6)
+    expected = np.percentile(np.abs(x), percentile, method="inverted_cdf")
+    np.testing.assert_allclose(scale, expected, rtol=2e-3)  # to the width of a bin
+
+
+def test_percentile_that_is_zero_gives_way_to_the_largest_magnitude():
+    x = np.zeros(100, np.float32)
+    x[0] = 2.0
+    _, (scale,), _ = fit_group([sample(x)], [FOUR], calibration="percentile", percentile=90.0)
+    assert float(scale[0]) == 2
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "channel"])
+def test_the_least_error_of_a_layers_output(per_row):
+    three = Spec(3)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(2, 3, 6)).astype(np.float32)  # two groups of three
+    inputs = rng.normal(size=(2, 50, 6)) @ rng.normal(size=(2, 6, 6))
+    moments = np.einsum("gti,gtj->gij", inputs, inputs)
+    given = samples.sample_from_moments(jnp.asarray(rows), np.float32(moments), per_row)
+    mu, (scales,), (relative,) = fit_group([given], [three])
+
+    def errors(mu, scale):
+        e = rows - oracle.fake_quantize(rows, mu, scale, *three)
+        return np.einsum("gri,gij,grj->gr", e, moments, e)
+
+    top = np.abs(rows).max()
+    grid = np.array(
+        [[errors(m, s) for s in top * np.geomspace(0.1, 1.3, 60)] for m in MUS[::4]]
+    )
+    best = grid.min(1).sum((1, 2)).min() if per_row else grid.sum((2, 3)).min()
+    found = errors(mu, np.asarray(scales, np.float64).reshape(2, 3, 1) if per_row else scales[0])
+    assert found.sum() <= 1.001 * best
+    power = np.einsum("gri,gij,grj", rows, moments, rows)
+    assert relative == pytest.approx(found.sum() / power, rel=1e-3)
+
+
+def test_mu_that_is_held():
+    x = source("gaussian")
+    (fit,) = fit_groups([Group([sample(x)], [FOUR], 30.0)])
+    assert fit.mu == 30
+    error = squared_error(x, 30.0, fit.scales[0][0], FOUR)
+    assert error <= 1.001 * exhaustive(x, FOUR, mus=[30.0]).min()
+
+
 # Histograms
 
 
