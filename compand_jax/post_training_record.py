@@ -160,7 +160,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     r"""Returns rows of equal keys as CSV, with a header; None is empty.
 
     >>> to_csv([{"bits": 4, "sqnr": None}])
-    'bits,sqnr\\n4,\\n'
+    'bits,sqnr\n4,\n'
     """
     file = io.StringIO()
     names = [name for name in rows[0] if name != "rules"]

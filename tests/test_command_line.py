@@ -159,6 +159,7 @@ def test_help_of_every_script(script):
 
 # What the help of a field has to say of its unit or its choices.
 UNITS = {
+    "distributed": "processes",
     "dataset": "cifar100",
     "model": "resnet56",
     "block-order": "norm_act_conv",
@@ -223,7 +224,7 @@ def test_help_names_every_field_its_unit_and_its_default(name):
     command = [sys.executable, str(SCRIPTS / "train.py"), name, "--help"]
     out = subprocess.run(command, capture_output=True, env=wide, check=True).stdout.decode()
     text = " ".join(" ".join(line.strip("│ ") for line in out.splitlines()).split())
-    text = re.sub(r"[─╭╮╰╯]+", " ", text).replace(", --no-flip", "")
+    text = re.sub(r"[─╭╮╰╯]+|, --no-(flip|distributed)", " ", text)
     entries = dict(re.findall(r" --((?:quant\.)?[a-z_-]+)(?=[ ,])(.*?)(?= --|$)", text))
     defaults = dict(wanted_defaults(PRESETS[name]))
     assert entries.keys() >= defaults.keys() == UNITS.keys()

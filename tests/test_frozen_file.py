@@ -136,7 +136,8 @@ def test_compressed_where_that_gains(tmp_path):
     np.testing.assert_array_equal(again.arrays["codes"][""], frozen.arrays["codes"][""])
 
     random = jnp.asarray(rng.uniform(-1, 1, (64, 64)), jnp.float32)  # nothing to gain
-    qmodel = cj.quantize_model(nn.Dense(64, use_bias=False), cj.QuantConfig(quantizer="uniform"))
+    config = cj.QuantConfig(quantizer="uniform", grid="midrise")  # 16 levels, all as frequent
+    qmodel = cj.quantize_model(nn.Dense(64, use_bias=False), config)
     compand = {"weight_scale": jnp.zeros(())}
     frozen = qmodel.freeze({"params": {"kernel": random}, "compand": compand})
     frozen.save(tmp_path / "random.safetensors", compress=True)

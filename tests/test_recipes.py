@@ -66,7 +66,7 @@ def test_unknown_preset():
         ({"model": "lenet"}, "`model` must be one of cnn, .*resnet56, got 'lenet': change it"),
         ({"block_order": "act"}, "`block_order` must be one of conv_norm_act, .*, got 'act'"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
-        ({"calibration": "max"}, "`calibration` must be one of mse, absmax, got 'max'"),
+        ({"calibration": "max"}, "`calibration` must be one of mse, absmax, .*, output, got 'max'"),
         ({"methods": ("x",)}, r"`methods` must be different ones of .*, got \('x',\)"),
         ({"methods": ("uniform",) * 2}, "`methods` must be different ones of"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),

@@ -153,7 +153,7 @@ def test_forward_is_that_of_the_pytorch_network(network):
     assert np.abs(ours - logits).max() < 1e-4 * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("network", sorted(MODELS.keys() - {"cnn"}))
+@pytest.mark.parametrize("network", sorted(MODELS.keys() - {"cnn", "vgg-small"}))
 def test_tree_is_that_of_init(network):
     model = create_model(network, 10)
     variables = import_state_dict(made(network)[0], model)
