@@ -115,13 +115,17 @@ def fit_groups(
       calibration: How scales are found; "mse" and "output" differ in the samples alone.
       percentile: Of the magnitudes, in (0, 100], for the calibration of that name.
     """
+    percent = {"absmax": 100.0, "percentile": percentile}.get(calibration)
+    # Those of one kind together. A group's kind does not depend on which others there are, so that
+    # neither does what is found for it.
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for i, group in enumerate(groups):
+        few = sum(sample.products for sample in group.samples) <= _FEW_PRODUCTS
+        kinds.setdefault((group.mu is not None, few), []).append(i)
     fits: dict[int, Fit] = {}
-    for held in (True, False):  # apart, since only one of them is searched
-        chosen = [i for i, group in enumerate(groups) if (group.mu is not None) == held]
-        if chosen:
-            percent = {"absmax": 100.0, "percentile": percentile}.get(calibration)
-            search = _Search([groups[i] for i in chosen], percent)
-            fits |= zip(chosen, search.fits(), strict=True)
+    for (_, few), chosen in kinds.items():
+        search = _Search([groups[i] for i in chosen], _FINE if few else _COARSE, percent)
+        fits |= zip(chosen, search.fits(), strict=True)
     return [fits[i] for i in range(len(groups))]
 
 
@@ -154,17 +158,18 @@ class _Search:
 
     Args:
       groups: the groups; mu is held in all of them or in none.
+      effort: how closely is looked.
       percent: the scale is this percentile of the magnitudes; None searches for it.
     """
 
-    def __init__(self, groups: Sequence[Group], percent: float | None) -> None:
-        self._groups, self._percent = groups, percent
+    def __init__(
+        self, groups: Sequence[Group], effort: _Effort, percent: float | None
+    ) -> None:
+        self._groups, self._effort, self._percent = groups, effort, percent
         self._owners = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
         batches = _batches(groups)
         self._tensors = [batch.tensors for batch in batches]
         self._data = self._with_powers(batches)
-        products = sum(batch.sample.products for batch in batches)
-        self._effort = _FINE if products <= _FEW_PRODUCTS else _COARSE
 
     def fits(self) -> list[Fit]:
         """Returns the groups' best fits."""
@@ -270,15 +275,15 @@ class _Search:
 
 
 def _thinned(batch: _Batch, values: int) -> _Batch:
-    """Returns a batch with every k-th of the values, so that at least so many are left."""
+    """Returns a batch with every k-th of the values, so that at least so many are left.
+
+    A sample that is a histogram already, or whose values go together, is left as it is.
+    """
     sample = batch.sample
-    stride = max(sample.values.shape[1] // values, 1) if sample.counted else 1
-    return batch._replace(
-        sample=sample._replace(
-            values=sample.values[:, ::stride],
-            weights=sample.weights[:, ::stride] if sample.counted else sample.weights,
-        )
-    )
+    if not sample.counted or sample.weights.shape[1] > 1:
+        return batch
+    stride = max(sample.values.shape[1] // values, 1)
+    return batch._replace(sample=sample._replace(values=sample.values[:, ::stride]))
 
 
 def _basins(totals: np.ndarray) -> np.ndarray:

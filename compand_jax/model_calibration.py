@@ -54,6 +54,8 @@ class Observations:
         """Returns how a site is a product with inputs whose moments are known, or None."""
         if site not in self.moments or len(self.weights[site]) != 1:
             return None  # the moments of a stack's layers cannot be told apart
+        if not np.all(np.isfinite(self.moments[site])) or not np.any(self.moments[site]):
+            return None  # then no change of the weight is better than another
         return self.observers[0].layers[site].unrolling
 
     def add(self, traced: dict[str, dict[str, list]]) -> None:
@@ -246,6 +248,11 @@ def estimate_batch_stats(
         seen = step(variables, as_arguments(batch))
         total = seen if total is None else jax.tree.map(jnp.add, total, seen)
         count += 1
+    if count == 0:
+        raise ValueError(
+            "`batches` must hold at least one batch each time they are gone through, got none the "
+            "second time: give a list, or an iterator"
+        )
     return jax.tree.map(lambda sum_: sum_ / count, total)
 
 
