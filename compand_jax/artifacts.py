@@ -172,7 +172,10 @@ def _load_onnx(path: Path) -> tuple[Predictor, str]:
             f"`path` must be an ONNX file that scripts/export.py wrote, got {path}, which "
             f"cannot be read ({error})"
         ) from error
-    predict = lambda x: session.run(None, {images.name: x})[0]  # noqa: E731
+
+    def predict(x: np.ndarray) -> Any:
+        return session.run(None, {images.name: x})[0]
+
     return predict, _data_set(path, images.shape, logits.shape)
 
 

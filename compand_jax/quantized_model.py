@@ -176,14 +176,16 @@ class QuantizedModel:
           "absmax": the largest magnitude.
           "percentile": the magnitude that `percentile` percent do not exceed.
           "output": a weight's of the least squared error of its layer's output (of Dense,
-            DenseGeneral and Conv, outside of scan and vmap), anything else's as "mse".
+            DenseGeneral and Conv with at most 8192 inputs to an output, outside of scan and vmap),
+            anything else's as "mse".
 
         Args:
           variables: The model's collections; an existing "compand" is replaced.
           batches: Iterable of batches, a batch being the model's argument or a tuple of them.
           calibration: "mse", "absmax", "percentile" or "output".
           percentile: Of the magnitudes, in (0, 100].
-          mu: Every mu, 0 to 255, at which the scales are found; None finds mu too.
+          mu: Every mu, 0 to 255, at which the scales are found; None finds mu too. Uniform
+            quantizers have none, and keep mu = 0.
           error_feedback: Whether weights are rounded one input at a time, those that are still to
             be rounded making up for the error at the layer's output; of the same layers as
             "output". The kernels in "params" are then levels of their quantizers.

@@ -121,7 +121,7 @@ def run_study(study: Study, cells: Sequence[Cell], *, progress: bool = True) -> 
                     raise failed_parents[cell.parent_name]
                 try:
                     _finish_parent(study, cell, progress)
-                except Exception as error:
+                except Exception as error:  # whatever it is, its other cells fail by it too
                     failed_parents[cell.parent_name] = error
                     raise
                 _run_cell(study, cell, progress)
