@@ -156,7 +156,7 @@ def _load_stablehlo(path: Path) -> tuple[Predictor, str]:
 
 def _load_onnx(path: Path) -> tuple[Predictor, str]:
     try:
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             f"`path` {path} needs onnxruntime: pip install 'compand-jax[onnx]'"

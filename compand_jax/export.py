@@ -51,7 +51,7 @@ def to_onnx(
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        import jax2onnx
+        import jax2onnx  # pyright: ignore[reportMissingImports]
 
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             model = jax2onnx.to_onnx(
