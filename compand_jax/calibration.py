@@ -11,24 +11,21 @@ in each tensor's inner product (`samples`). The scale c_t is, by calibration,
     percentile    the magnitude that so many percent of the values do not exceed
 
 The search for mu is a grid, then ever finer ones around the best; mu = 0 is on the grid, so that no
-tensor that has a mu of its own is left worse than uniform levels would leave it. The search for the
-scale starts from a grid as well and goes on in closed form: for given codes, with q = Q(x; mu, c),
-the error is a parabola in c whose minimum is at c (1 + <x - q, q> / <q, q>).
+tensor that has a mu of its own is left worse than uniform levels would leave it. At each mu the
+scales are searched anew (`scale_search`).
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from compand_jax.codebooks import Spec
-from compand_jax.companding import mu_law_expand
-from compand_jax.quantizers import fake_quantize
 from compand_jax.samples import Sample
+from compand_jax.scale_search import best_scales, percentile_scales, power, starting_scales
 
 CALIBRATIONS = ("mse", "absmax", "percentile", "output")
 MU_MAX = 255.0
@@ -251,19 +248,19 @@ class _Search:
         own = jnp.asarray(mus[self._owners[batch.tensors]], jnp.float32)
         descents = 0 if self._percent is not None else _DESCENTS
         if self._percent is not None:
-            grids = [_percentile(sample, jnp.float32(self._percent))[None]]
+            grids = [percentile_scales(sample, jnp.float32(self._percent))[None]]
         elif starts is not None:
             grids = [jnp.asarray(starts, jnp.float32)]
         else:
-            grids = [_grid(sample, own, jnp.asarray(grid, jnp.float32), spec)
+            grids = [starting_scales(sample, own, jnp.asarray(grid, jnp.float32), spec)
                      for grid in self._effort.grids]  # fmt: skip
-        found = [_best_scales(sample, own, grid, spec, descents) for grid in grids]
+        found = [best_scales(sample, own, grid, spec, descents) for grid in grids]
         scales, errors = (np.stack(arrays) for arrays in zip(*jax.device_get(found), strict=True))
         winner = errors.argmin(0)[None]
         return np.take_along_axis(scales, winner, 0)[0], np.take_along_axis(errors, winner, 0)[0]
 
     def _with_powers(self, batches: list[_Batch]) -> _Data:
-        powers = self._per_tensor([_power(batch.sample) for batch in batches])
+        powers = self._per_tensor([power(batch.sample) for batch in batches])
         return _Data(batches, np.where(powers > 0, powers, 1))
 
     def _per_tensor(self, values: Sequence[Array | np.ndarray]) -> np.ndarray:
@@ -306,89 +303,3 @@ def _batches(groups: Sequence[Group]) -> list[_Batch]:
         counts = [len(sample.absmax) for sample in samples]
         batches.append(_Batch(joined, spec, np.repeat(tensors, counts)))
     return batches
-
-
-@jax.jit
-def _power(sample: Sample) -> Array:
-    return sample.per_scale(sample.values * sample.weighted(sample.values))
-
-
-@jax.jit
-def _percentile(sample: Sample, percent: Float[Array, ""]) -> Float[Array, "scales"]:
-    """Returns the smallest magnitude that at least so many percent do not exceed, or the largest.
-
-    The largest is also taken where the percentile is zero.
-    """
-    magnitudes = jnp.abs(sample.values)
-    order = jnp.argsort(magnitudes, 1)
-    counts = jnp.broadcast_to(sample.weights, magnitudes.shape)
-    below = jnp.cumsum(jnp.take_along_axis(counts, order, 1), 1)
-    enough = below >= below[:, -1:] * (percent / 100) * (1 - 1e-6)  # to the sum's rounding
-    rank = jnp.argmax(enough, 1)
-    scale = jnp.take_along_axis(magnitudes, jnp.take_along_axis(order, rank[:, None], 1), 1)[:, 0]
-    scale = jnp.where((percent >= 100) | (scale == 0), sample.absmax, scale)
-    return jnp.where(scale > 0, scale, 1)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _grid(
-    sample: Sample, mus: Float[Array, "scales"], exponents: Float[Array, "k"], spec: Spec
-) -> Float[Array, "k scales"]:
-    """Returns scales to start from, by exponent: at 0 the largest magnitude has the top level."""
-    absmax = jnp.where(sample.absmax > 0, sample.absmax, 1)
-    # A midrise grid's top level lies below the scale; at this scale it is the largest magnitude.
-    top = 1 - 0.5 / spec.steps if spec.midrise else 1.0
-    highest = absmax / mu_law_expand(jnp.full_like(mus, top), mus)
-    mean = _mean_magnitude(sample)
-    lowest = jnp.clip(0.25 * mean, highest * 2.0**-12, highest / 2)
-    return highest[None] * (lowest / highest)[None] ** exponents[:, None]
-
-
-def _mean_magnitude(sample: Sample) -> Float[Array, "scales"]:
-    """Returns the mean of the magnitudes that are not zero; 0 where there are none."""
-    magnitudes = jnp.abs(sample.values)
-    counts = jnp.where(magnitudes > 0, sample.weights if sample.counted else 1.0, 0.0)
-    sums, counts = jnp.sum(counts * magnitudes, 1), jnp.sum(counts, 1)
-    if len(sample.absmax) < len(sums):
-        sums, counts = jnp.sum(sums, keepdims=True), jnp.sum(counts, keepdims=True)
-    return sums / jnp.maximum(counts, 1)
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "descents"))
-def _best_scales(
-    sample: Sample,
-    mus: Float[Array, "scales"],
-    starts: Float[Array, "k scales"],
-    spec: Spec,
-    descents: int,
-) -> tuple[Float[Array, "scales"], Float[Array, "scales"]]:
-    """Returns the best scales that were met, going on from the best start, and their errors."""
-    weighted_values = sample.weighted(sample.values)
-
-    def attempt(scale: Array) -> tuple[Array, Array, Array]:
-        quantized = fake_quantize(
-            sample.values, mus[:, None], scale[:, None],
-            bits=spec.bits, signed=spec.signed, grid=spec.grid,
-        )  # fmt: skip
-        # Computed once for the three sums.
-        quantized = jax.lax.optimization_barrier(quantized)
-        residual = sample.values - quantized
-        weighted_residual = sample.weighted(residual)
-        error = sample.per_scale(residual * weighted_residual)
-        gain = sample.per_scale(quantized * weighted_residual)
-        power = sample.per_scale(quantized * weighted_values) - gain
-        step = jnp.where(power > 0, gain / jnp.where(power > 0, power, 1), 0)
-        return error, scale * jnp.maximum(1 + step, 0.5), error - step * gain
-
-    errors, onward, bounds = jax.lax.map(attempt, starts)
-    best, lowest = jnp.argmin(errors, 0)[None], jnp.argmin(bounds, 0)[None]
-
-    def descend(_: Array, state: tuple) -> tuple:
-        scale, error, onward = state
-        new, further, _ = attempt(onward)
-        return jnp.where(new < error, onward, scale), jnp.minimum(new, error), further
-
-    state = [jnp.take_along_axis(a, i, 0)[0]
-             for a, i in ((starts, best), (errors, best), (onward, lowest))]  # fmt: skip
-    scale, error, _ = jax.lax.fori_loop(0, descents, descend, tuple(state))
-    return jnp.where(sample.absmax > 0, scale, 1), error
