@@ -123,7 +123,15 @@ def fit_groups(
     for (_, few), chosen in kinds.items():
         search = _Search([groups[i] for i in chosen], _FINE if few else _COARSE, percent)
         fits |= zip(chosen, search.fits(), strict=True)
-    return [fits[i] for i in range(len(groups))]
+    return [_in_units(fits[i], group.samples) for i, group in enumerate(groups)]
+
+
+def _in_units(fit: Fit, samples: Sequence[Sample]) -> Fit:
+    """Returns a fit with scales in the units of the tensors, 1 where all values are zero."""
+    pairs = zip(fit.scales, samples, strict=True)
+    return fit._replace(
+        scales=[np.where(one.absmax > 0, scale * np.asarray(one.unit), 1) for scale, one in pairs]
+    )
 
 
 class _Batch(NamedTuple):

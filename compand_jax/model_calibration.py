@@ -1,21 +1,23 @@
 """Running a model over batches, for what calibration needs to know of it."""
 
-import collections
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+import numbers
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from compand_jax import parametrization as par
-from compand_jax.calibration import Group, fit_groups
-from compand_jax.config import QuantConfig
+from compand_jax.batches import all_finite, each_batch, require_concrete
+from compand_jax.calibration import CALIBRATIONS, Group, fit_groups
+from compand_jax.config import QuantConfig, require_choice
 from compand_jax.error_feedback import round_with_feedback
 from compand_jax.interception import Layer, Observer, intercept_layers
 from compand_jax.samples import (
@@ -27,7 +29,7 @@ from compand_jax.samples import (
     sample_from_moments,
     sample_from_weights,
 )
-from compand_jax.sites import Site
+from compand_jax.sites import Site, check_signs, sites_from_observers
 from compand_jax.unrolling import Unrolling
 
 # A float32 matrix of second moments of so many inputs takes 256 MB.
@@ -58,25 +60,38 @@ class Observations:
             return None  # then no change of the weight is better than another
         return self.observers[0].layers[site].unrolling
 
-    def add(self, traced: dict[str, dict[str, list]]) -> None:
-        """Takes over one batch: what the observed function returned, and what it called back."""
+    def add(self, traced: dict[str, dict[str, list]], batch: int) -> None:
+        """Takes over a batch, by number: what the observed function returned and called back.
+
+        Raises:
+          ValueError: a weight or an activation is not finite.
+        """
         for observer in self.observers:
             for what, sites in observer.called_back.items():
                 for site, values in sites.items():
                     traced[what].setdefault(site, []).extend(values)
                     values.clear()
+        for site, values in traced["weight"].items():
+            if not self.weights.get(site):  # the same in every batch
+                self.weights[site] = [np.asarray(value) for value in values]
+                if not all(np.all(np.isfinite(weight)) for weight in self.weights[site]):
+                    raise ValueError(
+                        f"`variables` must be finite, the weight of site {site!r} is not"
+                    )
         for site, values in traced["activation"].items():
             for value in values:
                 value = Histogram(*(np.asarray(leaf, np.float64) for leaf in value))
+                if not np.isfinite([value.maximum, value.minimum]).all():
+                    raise ValueError(
+                        f"`batches` must give finite activations, got NaN or infinity at site "
+                        f"{site!r} in batch {batch}, counting from 0: leave it out"
+                    )
                 seen = self.activations.get(site)
                 self.activations[site] = value if seen is None else merge_histograms(seen, value)
         for site, values in traced["moments"].items():
             parts = [np.asarray(value) for value in values]
             seen = self.moments.get(site)
             self.moments[site] = sum(parts[1:], parts[0]) + (0 if seen is None else seen)
-        for site, values in traced["weight"].items():
-            if not self.weights.get(site):  # the same in every batch
-                self.weights[site] = [np.asarray(value) for value in values]
 
 
 def observe(
@@ -101,11 +116,14 @@ def observe(
       moments: whether the second moments of the layers' inputs are taken.
 
     Raises:
-      ValueError: there are no batches, a layer ran on none of them, or a weight is not finite.
+      TypeError: `batches` are none, or this is called under `jax.jit`.
+      ValueError: there are no batches, one is empty, a layer ran on none of them, or a weight, a
+        batch or an activation that is looked at is not finite.
     """
+    require_concrete("variables", variables)
     seen = Observations()
 
-    def run(variables: Mapping, args: tuple) -> dict:
+    def run(variables: Mapping, args: tuple) -> tuple[dict, Array]:
         observer = Observer(
             activation=histogram if activations else None,
             weight=lambda w: w,
@@ -114,29 +132,26 @@ def observe(
         )
         seen.observers.append(observer)
         with intercept_layers(model, observer) as intercepted:
-            intercepted.apply(variables, *args, **model_kwargs)
-        return observer.traced
+            # In training batch norms update their statistics, of which nothing is kept.
+            intercepted.apply(variables, *args, mutable=["batch_stats"], **model_kwargs)
+        return observer.traced, all_finite(args)
 
     jitted = jax.jit(run)
-    for batch in batches:
-        traced = jitted(variables, as_arguments(batch))
+    for i, args in enumerate(each_batch(batches)):
+        traced, finite = jitted(variables, args)
         jax.effects_barrier()
-        seen.add(traced)
-    if not seen.observers:
-        raise ValueError("`batches` must hold at least one batch, got none")
+        if not finite:
+            raise ValueError(
+                f"`batches` must be finite, got NaN or infinity in batch {i}, counting from 0: "
+                "leave it out"
+            )
+        seen.add(traced, i)
     for site, weights in seen.weights.items():
         if not weights:
             raise ValueError(
                 f"`batches` must reach every layer, site {site!r} is in a branch that none took"
             )
-        if not all(np.all(np.isfinite(weight)) for weight in weights):
-            raise ValueError(f"`variables` must be finite, the weight of site {site!r} is not")
     return seen
-
-
-def as_arguments(batch: Any) -> tuple:
-    """Returns a batch as the model's positional arguments."""
-    return tuple(batch) if isinstance(batch, tuple) else (batch,)
 
 
 def _moments(layer: Layer, activation: jax.Array, weight: jax.Array) -> jax.Array | None:
@@ -146,13 +161,49 @@ def _moments(layer: Layer, activation: jax.Array, weight: jax.Array) -> jax.Arra
     return unrolling.moments(activation, weight.shape)
 
 
+def check_arguments(
+    calibration: str, percentile: ArrayLike, mu: ArrayLike | None
+) -> tuple[float, float | None]:
+    """Returns percentile and mu as numbers; raises ValueError where an argument is out of range."""
+    require_choice("calibration", calibration, CALIBRATIONS)
+    percentile_number, mu_number = _number(percentile), _number(mu)
+    if not 0 < percentile_number <= 100:
+        raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
+    if mu is not None and not 0 <= mu_number <= par.MU_MAX:
+        raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
+    return percentile_number, None if mu is None else mu_number
+
+
+def _number(value: Any) -> float:
+    """Returns a real number, of Python, NumPy or JAX, as a float; NaN if it is something else."""
+    is_array = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer)
+    if is_array and value.shape == ():
+        value = value.item()
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if is_real else math.nan
+
+
+def observed_sites(config: QuantConfig, seen: Observations) -> dict[str, Site]:
+    """Returns the sites, their activations signed as they were seen unless that is configured.
+
+    Raises:
+      ValueError: there are none, a rule matches none, or activations of one bit have a sign.
+    """
+    sites = sites_from_observers(config, seen.observers)
+    if config.act_signed is None:
+        for name, data in seen.activations.items():
+            sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
+    check_signs(sites)
+    return sites
+
+
 def fit_parameters(
     config: QuantConfig,
     sites: Mapping[str, Site],
     seen: Observations,
     calibration: str,
-    percentile: float | int,
-    mu: float | int | None = None,
+    percentile: float,
+    mu: float | None = None,
 ) -> dict[str, Any]:
     """Returns the collection "compand": every mu and scale, fitted to what was observed.
 
@@ -200,99 +251,45 @@ def feed_errors_back(
     quantizers: Mapping[str, Mapping[str, jax.Array]],
     sites: Mapping[str, Site],
     seen: Observations,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Returns `params` with kernels on levels, rounded by `round_with_feedback`.
 
     Left as they are: kernels whose layer is not a matrix product with known inputs, and those
     that are not used as they are stored (under WeightNorm, or a mask).
     """
-    flat = dict(flatten_dict(params))
-    for name, found in quantizers.items():
-        path = (*filter(None, name.split("/")), "kernel")
-        unrolling = seen.unrolled(name)
-        if "weight_scale" not in found or unrolling is None or path not in flat:
-            continue
-        kernel = seen.weights[name][0]
-        if not np.array_equal(kernel, nn.meta.unbox(flat[path])):
-            continue
-        rows = unrolling.rows(jnp.asarray(kernel, jnp.float32))
-        scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
-        round_group = functools.partial(round_with_feedback, spec=sites[name].spec("weight"))
-        rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
-            rows,
-            jnp.asarray(seen.moments[name]),
-            found["weight_mu"],
-            scales.reshape(rows.shape[:2]),
-        )
-        rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
-        flat[path] = nn.meta.replace_boxed(flat[path], rounded)
-    return unflatten_dict(flat)
+
+    def rounded(path: tuple, leaf: Any) -> Any:
+        name, _, kind = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        found = quantizers.get(name, {})
+        if kind != "kernel" or "weight_scale" not in found:
+            return leaf
+        return _fed_back(leaf, found, sites[name], seen, name)
+
+    return jax.tree_util.tree_map_with_path(rounded, params, is_leaf=_is_box)
 
 
-def estimate_batch_stats(
-    apply: Callable, variables: Mapping[str, Any], batches: Iterable, model_kwargs: Mapping
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def _fed_back(
+    stored: Any, found: Mapping[str, jax.Array], site: Site, seen: Observations, name: str
 ) -> Any:
-    """Returns `batch_stats` with, for the batch norms, the mean over the batches of what they see.
-
-    All else runs as in evaluation.
-    """
-
-    @jax.jit
-    def step(variables: Mapping, args: tuple) -> Any:
-        with nn.intercept_methods(_batch_norms_of_this_batch()):
-            _, updates = apply(variables, *args, mutable=["batch_stats"], **model_kwargs)
-        return updates["batch_stats"]
-
-    total, count = None, 0
-    for batch in batches:
-        seen = step(variables, as_arguments(batch))
-        total = seen if total is None else jax.tree.map(jnp.add, total, seen)
-        count += 1
-    if count == 0:
-        raise ValueError(
-            "`batches` must hold at least one batch each time they are gone through, got none the "
-            "second time: give a list, or an iterator"
-        )
-    return jax.tree.map(lambda sum_: sum_ / count, total)
-
-
-def _batch_norms_of_this_batch() -> Callable:
-    """Returns an interceptor with which batch norms forget all statistics but this batch's.
-
-    They move theirs by s <- m s + (1 - m) b, here with m = (k - 1)/k in the k-th call of a batch
-    norm, so that s is the mean over its calls.
-    """
-    calls: collections.Counter = collections.Counter()
-    running: list = []  # for each method that is being called, the batch norm that it is of
-
-    def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        if not running:
-            calls.clear()  # the model is run anew
-        # A lifted batch norm may come by twice, outside and inside of its transformation.
-        is_batch_norm = isinstance(module, nn.BatchNorm) and context.method_name == "__call__"
-        outermost = is_batch_norm and module.path not in running
-        running.append(module.path if outermost else None)
-        try:
-            if not outermost:
-                return next_fun(*args, **kwargs)
-            calls[module.path] += 1
-            momentum = 1 - 1 / calls[module.path]
-            with _fields_set(module, use_running_average=None, momentum=momentum):
-                return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
-        finally:
-            running.pop()
-
-    return interceptor
-
-
-@contextlib.contextmanager
-def _fields_set(module: nn.Module, **fields: Any) -> Iterator[None]:
-    stored = {name: getattr(module, name) for name in fields}
-    for name, value in fields.items():
-        object.__setattr__(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in stored.items():
-            object.__setattr__(module, name, value)
+    """Returns a kernel's levels, in its box and on its devices; or itself, if it has to be left."""
+    unrolling, kernel, own = seen.unrolled(name), seen.weights[name][0], nn.meta.unbox(stored)
+    if unrolling is None or not np.array_equal(kernel, own):
+        return stored
+    rows = unrolling.rows(jnp.asarray(kernel, jnp.float32))
+    scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
+    round_group = functools.partial(round_with_feedback, spec=site.spec("weight"))
+    rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
+        rows,
+        jnp.asarray(seen.moments[name]),
+        found["weight_mu"],
+        scales.reshape(rows.shape[:2]),
+    )
+    rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
+    # What is where it would be anyhow stays free to be moved.
+    if isinstance(own, jax.Array) and own.sharding != rounded.sharding:
+        rounded = jax.device_put(rounded, own.sharding)
+    return nn.meta.replace_boxed(stored, rounded)

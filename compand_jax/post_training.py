@@ -19,10 +19,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from compand_jax import parametrization as par
+from compand_jax.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.calibration_images import BATCH_SIZE, CalibrationImages
 from compand_jax.config import QuantConfig, Rule
 from compand_jax.data import ImageData
-from compand_jax.model_calibration import Observations, estimate_batch_stats, observe
+from compand_jax.model_calibration import Observations, observe
 from compand_jax.model_size import model_bytes
 from compand_jax.quantized_model import QuantizedModel, quantize_model
 from compand_jax.quantizers import fake_quantize
@@ -160,14 +161,13 @@ def reestimated(
     """
     if "batch_stats" not in variables:
         return dict(variables)
-    found = [_batch_stats(variables, batch, model=model) for batch in batches]
-    means = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]) / len(leaves), *found)
-    return {**variables, "batch_stats": means}
+    update = functools.partial(_update_batch_stats, model=model)
+    return {**variables, "batch_stats": estimate_batch_stats(variables, batches, update)}
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _batch_stats(variables, batch, *, model):
-    return estimate_batch_stats(model.apply, variables, [batch], _MODEL_KWARGS)
+def _update_batch_stats(variables, args, *, model):
+    return update_batch_stats(model.apply, variables, args, _MODEL_KWARGS)
 
 
 def evaluate_setting(network: TrainedNetwork, setting: Setting) -> dict[str, Any]:

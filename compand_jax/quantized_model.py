@@ -2,48 +2,36 @@
 
 import dataclasses
 import functools
-import math
-import numbers
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.core.scope import in_filter
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from compand_jax import parametrization as par
-from compand_jax.calibration import CALIBRATIONS
+from compand_jax.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.calls import abstract_call, remembered_calls
-from compand_jax.config import QuantConfig, require_choice
+from compand_jax.config import QuantConfig
 from compand_jax.freezing import freeze
 from compand_jax.frozen_model import FrozenModel
-from compand_jax.interception import (
-    Layer,
-    Observer,
-    intercept_layers,
-    layers_run,
-    require_reached,
-)
+from compand_jax.initial_parameters import initial_observer, initial_parameters
+from compand_jax.interception import intercept_layers, layers_run, require_reached
+from compand_jax.layer_quantizer import LayerQuantizer
 from compand_jax.model_calibration import (
     Observations,
-    estimate_batch_stats,
+    check_arguments,
     feed_errors_back,
     fit_parameters,
     observe,
+    observed_sites,
 )
-from compand_jax.quantizers import fake_quantize
-from compand_jax.sites import (
-    Site,
-    check_rules,
-    check_signs,
-    site_from_config,
-    sites_from_observers,
-)
-from compand_jax.summary import site_weight, summarize
+from compand_jax.sites import Site, check_rules, site_from_config
+from compand_jax.summary import summarize
 
 
 def quantize_model(
@@ -98,27 +86,12 @@ class QuantizedModel:
         Raises:
           ValueError: no layer is found, or a rule matches none.
         """
-        observer = Observer(
-            activation=_absmax, weight=lambda x: x, at_output=self.config.act_site == "output"
-        )
+        observer = initial_observer(self.config)
         with intercept_layers(self.model, observer) as model:
             variables = model.init(rngs, *args, **kwargs)
         jax.effects_barrier()
-        compand: dict = {}
-        for name, site in sites_from_observers(self.config, [observer]).items():
-            for operand in site.operands():
-                if operand == "act":
-                    absmax = observer.values("activation", name) or [jnp.ones(())]
-                else:
-                    shape = observer.weight_shapes[name]
-                    own = site_weight(dict(variables).get("params", {}), name)
-                    weights = observer.values("weight", name) or [_unstacked(own, shape)]
-                    absmax = [_absmax(jnp.asarray(w), site.scale_axes) for w in weights]
-                scale = functools.reduce(jnp.maximum, absmax)
-                scale = jnp.where(scale > 0, scale, 1)
-                par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
-                if (path := par.mu_path(name, operand, self.config)) is not None:
-                    par.set_leaf(compand, path, par.theta_from_mu(self.config.mu_init))
+        params = dict(variables).get("params", {})
+        compand = initial_parameters(self.config, observer, params)
         return {**variables, "compand": compand}
 
     def apply(
@@ -146,7 +119,7 @@ class QuantizedModel:
                 _warn_uncalibrated(repr(self))
         rest = {name: value for name, value in variables.items() if name != "compand"}
         runs = layers_run(self.model, rest, args, mutable, kwargs)
-        visitor = _Quantizer(self, compand)
+        visitor = LayerQuantizer(self.config, self.site, compand)
         with intercept_layers(self.model, visitor) as model:
             outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
         require_reached(runs, visitor.visited)
@@ -160,8 +133,8 @@ class QuantizedModel:
         batches: Iterable,
         *,
         calibration: str = "mse",
-        percentile: float | int = 99.9,
-        mu: float | int | None = None,
+        percentile: ArrayLike = 99.9,
+        mu: ArrayLike | None = None,
         error_feedback: bool = False,
         batch_stats: bool = False,
         **model_kwargs: Any,
@@ -175,33 +148,38 @@ class QuantizedModel:
           "mse": of the least squared error.
           "absmax": the largest magnitude.
           "percentile": the magnitude that `percentile` percent do not exceed.
-          "output": a weight's of the least squared error of its layer's output (of Dense,
-            DenseGeneral and Conv with at most 8192 inputs to an output, outside of scan and vmap),
-            anything else's as "mse".
+          "output": a weight's of the least squared error of its layer's output. It is for Dense,
+            DenseGeneral and Conv with at most 8192 inputs to an output, outside of scan and vmap,
+            that saw an input other than zero; anything else's is as with "mse".
 
         Args:
           variables: The model's collections; an existing "compand" is replaced.
-          batches: Iterable of batches, a batch being the model's argument or a tuple of them.
+          batches: Iterable of batches, a batch being the model's argument or a tuple of them, with
+            examples along the leading axis of the first one. They may differ in size.
           calibration: "mse", "absmax", "percentile" or "output".
           percentile: Of the magnitudes, in (0, 100].
           mu: Every mu, 0 to 255, at which the scales are found; None finds mu too. Uniform
             quantizers have none, and keep mu = 0.
           error_feedback: Whether weights are rounded one input at a time, those that are still to
-            be rounded making up for the error at the layer's output; of the same layers as
-            "output". The kernels in "params" are then levels of their quantizers.
+            be rounded making up for the error at the layer's output. The kernels in "params" are
+            then levels of their quantizers. Other layers than those of "output", and those that
+            do not use their kernel as it is stored (WeightNorm, a mask), keep theirs.
           batch_stats: Whether to estimate the batch norms' statistics, where there are any, anew
-            afterwards, under quantization, as the mean over the batches. The batches are then
-            gone through twice, and kept in memory if they are an iterator.
+            afterwards, under quantization, as the mean over the batches, each weighing as many
+            examples as it has. The batches are then gone through twice, and kept in memory if
+            they are an iterator.
           **model_kwargs: Further arguments of the model's `apply`, such as `train=False`.
 
         Raises:
-          ValueError: there are no batches, a weight is not finite, a rule matches no site,
-            activations of one bit have a sign, or an argument is out of its range.
+          TypeError: `batches` is an array, or this is called under `jax.jit`.
+          ValueError: there are no batches, one of them is empty, a batch, an activation or a
+            weight is not finite, a rule matches no site, activations of one bit have a sign, or
+            an argument is out of its range.
 
         Source: the layer output's error after Nagel et al., "Up or down? Adaptive rounding for
         post-training quantization", ICML 2020; error feedback after GPTQ (`error_feedback`).
         """
-        _check_calibration(calibration, percentile, mu)
+        check_arguments(calibration, percentile, mu)
         rest = {name: value for name, value in variables.items() if name != "compand"}
         if batch_stats and isinstance(batches, Iterator):
             batches = list(batches)
@@ -223,9 +201,11 @@ class QuantizedModel:
             error_feedback=error_feedback,
         )
         if batch_stats and "batch_stats" in rest:
-            result["batch_stats"] = estimate_batch_stats(
-                qmodel.apply, result, batches, model_kwargs
-            )
+
+            def update(variables: Mapping, args: tuple) -> Any:
+                return update_batch_stats(qmodel.apply, variables, args, model_kwargs)
+
+            result["batch_stats"] = estimate_batch_stats(result, batches, jax.jit(update))
         return qmodel, result
 
     def calibrate_from(
@@ -234,8 +214,8 @@ class QuantizedModel:
         variables: Mapping[str, Any],
         *,
         calibration: str = "mse",
-        percentile: float | int = 99.9,
-        mu: float | int | None = None,
+        percentile: ArrayLike = 99.9,
+        mu: ArrayLike | None = None,
         error_feedback: bool = False,
     ) -> tuple["QuantizedModel", dict[str, Any]]:
         """Returns what `calibrate` does, of what `observe` saw: once, for any number of configs.
@@ -253,13 +233,9 @@ class QuantizedModel:
           ValueError: a rule matches no site, activations of one bit have a sign, or an argument
             is out of its range.
         """
-        _check_calibration(calibration, percentile, mu)
+        percentile, mu = check_arguments(calibration, percentile, mu)
         rest = {name: value for name, value in variables.items() if name != "compand"}
-        sites = sites_from_observers(self.config, seen.observers)
-        if self.config.act_signed is None:
-            for name, data in seen.activations.items():
-                sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
-        check_signs(sites)
+        sites = observed_sites(self.config, seen)
         qmodel = dataclasses.replace(self, sites=FrozenDict(sites))
         compand = fit_parameters(self.config, sites, seen, calibration, percentile, mu)
         result = {**rest, "compand": compand}
@@ -326,14 +302,6 @@ class QuantizedModel:
         return site_from_config(self.config, name)
 
 
-def _check_calibration(calibration: str, percentile: float | int, mu: float | int | None) -> None:
-    require_choice("calibration", calibration, CALIBRATIONS)
-    if not 0 < percentile <= 100:
-        raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
-    if mu is not None and not (isinstance(mu, numbers.Real) and 0 <= mu <= par.MU_MAX):
-        raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
-
-
 def _compand(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     if "compand" not in variables:
         raise ValueError(
@@ -350,78 +318,3 @@ def _warn_uncalibrated(qmodel: QuantizedModel | str) -> None:
         "are taken to be signed; call calibrate, or pass `sites` to quantize_model",
         stacklevel=3,
     )
-
-
-class _Quantizer:
-    """The visitor that quantizes what every layer multiplies."""
-
-    def __init__(self, qmodel: QuantizedModel, compand: Mapping) -> None:
-        self._qmodel, self._compand = qmodel, compand
-        self.visited: set[str] = set()
-
-    def operands(
-        self, layer: Layer, activation: Array | None, weight: Array
-    ) -> tuple[Array | None, Array]:
-        self.visited.add(layer.site)
-        if activation is not None and self._qmodel.config.act_site == "input":
-            activation = self._quantize(layer.site, "act", activation)
-        return activation, self._quantize(layer.site, "weight", weight)
-
-    def output(self, layer: Layer, output: Array) -> Array:
-        if self._qmodel.config.act_site == "input":
-            return output
-        return self._quantize(layer.site, "act", output)
-
-    def _quantize(self, name: str, operand: str, x: Array) -> Array:
-        site, config = self._qmodel.site(name), self._qmodel.config
-        if operand not in site.operands():
-            return x
-        parameters = par.read_parameters(self._compand, name, operand, config)
-        if parameters is None:
-            if operand == "act" and config.act_site == "output":  # the last layer's
-                return x
-            raise ValueError(
-                f"`variables` must hold compand/{'/'.join(par.scale_path(name, operand))}: they "
-                f"were made without running site {name!r}; init or calibrate with this method"
-            )
-        mu, scale = parameters
-        spec = site.spec(operand)
-        if config.scale_gradient == "lsq":
-            factor = 1 / math.sqrt(x.size * spec.steps)
-            scale = jnp.asarray(_scale_gradient(scale, factor))
-        return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scale_gradient(x: Array, factor: float) -> Array:
-    """Returns x, to the last bit; its gradient is multiplied by the factor."""
-    return x
-
-
-def _scale_gradient_fwd(x: Array, factor: float) -> tuple[Array, None]:
-    return x, None
-
-
-def _scale_gradient_bwd(factor: float, _: None, cotangent: Array) -> tuple[Array]:
-    return (cotangent * factor,)
-
-
-_scale_gradient.defvjp(_scale_gradient_fwd, _scale_gradient_bwd)
-
-
-def _unstacked(own: Array | None, shape: tuple[int, ...]) -> Array:
-    """Returns a weight's maximum over the axes that vmap or scan stacked in front of its shape.
-
-    What lies in `params` in another form is taken as one number, and 1 where there is nothing.
-    """
-    if own is None:
-        return jnp.ones(shape)
-    magnitude, extra = jnp.abs(own), own.ndim - len(shape)
-    if own.shape[max(extra, 0) :] == shape:
-        return jnp.max(magnitude, tuple(range(extra)))
-    return jnp.full(shape, jnp.max(magnitude, initial=0.0))
-
-
-def _absmax(x: Array, kept_axes: tuple[int, ...] = ()) -> Array:
-    axes = tuple(i for i in range(x.ndim) if i - x.ndim not in kept_axes)
-    return jnp.max(jnp.abs(x), axes, initial=0.0, keepdims=bool(kept_axes)).astype(jnp.float32)

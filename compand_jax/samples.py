@@ -8,9 +8,12 @@ The squared error of a quantizer Q on values x is <e, e> with e = x - Q(x), and
 where H = sum_t x_t x_t^T over all inputs x_t that a row of weights is multiplied with.
 
 A weight with a scale per channel is kept as it is. Any other tensor, and activations that stream
-by, are binned by the leading bits of their float32 representation (512 bins an octave, from 2^-40
-to 2^40, no range to know beforehand), each bin standing for the mean of what fell into it: what is
-left out, the spread within a bin, is the same for every quantizer that sends the bin to one level.
+by, are binned by the leading bits of their float32 representation (512 bins an octave, 40 octaves
+down from the largest magnitude), each bin standing for the mean of what fell into it: what is left
+out, the spread within a bin, is the same for every quantizer that sends the bin to one level.
+
+All is in a unit of the tensor's own, a power of two near its largest magnitude, so that squares
+neither vanish nor overflow, whatever the magnitudes are that float32 has.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 _BINS_PER_OCTAVE_LOG2 = 9
-_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -40, 40
+_LOWEST_EXPONENT, _HIGHEST_EXPONENT = -39, 1
 BINS = (_HIGHEST_EXPONENT - _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
 _UNUSED_BITS = 23 - _BINS_PER_OCTAVE_LOG2
 _LOWEST_BIN = (127 + _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
@@ -30,17 +33,19 @@ _MIN_SAMPLE = 8192
 
 
 class Histogram(NamedTuple):
-    """Counts and sums of magnitudes by bin, and the extremes of the values; additive.
+    """Counts and sums of magnitudes by bin, and the extremes of the values.
 
     `counts` and `sums` are [2, BINS]: first of the values at or above zero, then of those below.
     A sum is of the distances from the bin's lower edge, which stays exact where the sum of a
-    million equal magnitudes would not.
+    million equal magnitudes would not; edges and sums are in `unit`, a power of two. What is not
+    finite is not counted, but shows in the extremes.
     """
 
     counts: Array | np.ndarray
     sums: Array | np.ndarray
     maximum: Array | np.ndarray
     minimum: Array | np.ndarray
+    unit: Array | np.ndarray
 
 
 class Sample(NamedTuple):
@@ -51,11 +56,13 @@ class Sample(NamedTuple):
       weights: the inner product: counts, [rows, n] or [rows, 1], or moments, [groups, n, n], the
         rows being divided evenly among the groups.
       absmax: [rows], or [1] where all rows share a scale.
+      unit: like absmax, what values, absmax and scales are in: a power of two, one for the tensor.
     """
 
     values: Array
     weights: Array
     absmax: Array
+    unit: Array
 
     @property
     def counted(self) -> bool:
@@ -82,20 +89,28 @@ class Sample(NamedTuple):
 
 
 def histogram(x: Float[Array, "..."]) -> Histogram:
-    """Returns the histogram of a tensor's magnitudes; what is not finite is not counted."""
+    """Returns the histogram of a tensor's magnitudes."""
     x = x.astype(jnp.float32).ravel()
-    magnitudes = jnp.abs(x)
+    known = jnp.isfinite(x)
+    unit = _unit(jnp.max(jnp.abs(x), initial=0.0, where=known))
+    magnitudes = jnp.abs(x) / unit
     index = jax.lax.bitcast_convert_type(magnitudes, jnp.int32) >> _UNUSED_BITS
     index = jnp.clip(index - _LOWEST_BIN, 0, BINS - 1)
-    known = jnp.isfinite(x)
     distances = jnp.where(known, magnitudes - _lower_edges(index), 0)
     index = index + jnp.where(x < 0, BINS, 0)
     return Histogram(
         jnp.zeros(2 * BINS, jnp.int32).at[index].add(known.astype(jnp.int32)).reshape(2, BINS),
         jnp.zeros(2 * BINS, jnp.float32).at[index].add(distances).reshape(2, BINS),
-        jnp.max(x, initial=0.0, where=known),
-        jnp.min(x, initial=0.0, where=known),
+        jnp.max(x, initial=0.0),
+        jnp.min(x, initial=0.0),
+        unit,
     )
+
+
+def _unit(absmax: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the largest power of two that does not exceed a magnitude, of at least 2^-126."""
+    exponent = jax.lax.bitcast_convert_type(absmax, jnp.int32) >> 23
+    return jax.lax.bitcast_convert_type(jnp.maximum(exponent, 1) << 23, jnp.float32)
 
 
 def _lower_edges(index: Array) -> Array:
@@ -104,13 +119,37 @@ def _lower_edges(index: Array) -> Array:
 
 
 def merge_histograms(a: Histogram, b: Histogram) -> Histogram:
-    """Returns the histogram of both tensors' values together."""
+    """Returns the histogram of both tensors' values together, in the larger of their units."""
+    unit = max(a.unit, b.unit)
+    a, b = _in_unit(a, unit), _in_unit(b, unit)
     return Histogram(
         a.counts + b.counts,
         a.sums + b.sums,
         np.maximum(a.maximum, b.maximum),
         np.minimum(a.minimum, b.minimum),
+        unit,
     )
+
+
+def _in_unit(data: Histogram, unit: Array | np.ndarray) -> Histogram:
+    """Returns a histogram in the same or a larger unit; small bins go to the first one."""
+    ratio = np.float64(data.unit) / np.float64(unit)
+    shift = min(-int(np.log2(ratio)) << _BINS_PER_OCTAVE_LOG2, BINS - 1)
+    counts, sums = np.asarray(data.counts, np.float64), np.asarray(data.sums, np.float64)
+    first = slice(0, shift + 1)
+    totals = np.sum(sums[:, first] + counts[:, first] * _bin_edges()[first], 1, keepdims=True)
+    padding = ((0, 0), (0, shift))
+    return data._replace(
+        counts=np.pad(
+            np.hstack([counts[:, first].sum(1, keepdims=True), counts[:, shift + 1 :]]), padding
+        ),
+        sums=ratio * np.pad(np.hstack([totals, sums[:, shift + 1 :]]), padding),
+        unit=unit,
+    )
+
+
+def _bin_edges() -> np.ndarray:
+    return np.asarray(_lower_edges(jnp.arange(BINS, dtype=jnp.int32)), np.float64)
 
 
 def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
@@ -118,8 +157,9 @@ def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
     rows = slice(0, 2 if signed else 1)
     counts = np.sum(np.asarray(data.counts, np.float64)[rows], 0)
     sums = np.sum(np.asarray(data.sums, np.float64)[rows], 0)
-    absmax = max(data.maximum, -data.minimum if signed else 0)
-    edges = np.asarray(_lower_edges(jnp.arange(BINS, dtype=jnp.int32)), np.float64)
+    unit = np.float64(data.unit)
+    absmax = max(data.maximum, -data.minimum if signed else 0) / unit
+    edges = _bin_edges()
     used = np.flatnonzero(counts)
     # To few lengths, so that the search is compiled few times.
     padding = max(_MIN_SAMPLE, 1 << (len(used) - 1).bit_length()) - len(used)
@@ -128,6 +168,7 @@ def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
         jnp.asarray(magnitudes, jnp.float32)[None],
         jnp.asarray(np.pad(counts[used], (0, padding)), jnp.float32)[None],
         jnp.asarray(absmax, jnp.float32)[None],
+        jnp.asarray(unit, jnp.float32)[None],
     )
 
 
@@ -153,7 +194,9 @@ def sample_from_weights(
         channels = int(np.prod(magnitudes.shape[: len(scale_axes)]))
         rows.append(magnitudes.reshape(channels, -1))
     values = jnp.concatenate(rows, 1)
-    return Sample(values, jnp.ones((len(values), 1)), jnp.max(values, 1, initial=0.0))
+    unit = _unit(jnp.max(values, initial=0.0))
+    values, absmax = values / unit, jnp.max(values, 1, initial=0.0) / unit
+    return Sample(values, jnp.ones((len(values), 1)), absmax, jnp.full_like(absmax, unit))
 
 
 _jitted_histogram = jax.jit(histogram)
@@ -167,7 +210,7 @@ def sample_from_moments(
     """Returns the sample of a layer's weights in the inner product of its output.
 
     Args:
-      rows: the weights, a row an output; rows and moments as `layer_moments` gives them.
+      rows: the weights, a row an output; rows and moments as `Unrolling` gives them.
       moments: H, a matrix for each group of rows.
       per_row: whether every row has a scale of its own.
     """
@@ -175,4 +218,7 @@ def sample_from_moments(
     absmax = jnp.max(jnp.abs(values), 1, initial=0.0)
     if not per_row:
         absmax = jnp.max(absmax, keepdims=True)
-    return Sample(values, jnp.asarray(moments, jnp.float32), absmax)
+    unit, moments = _unit(jnp.max(absmax)), jnp.asarray(moments, jnp.float32)
+    # The moments' unit is of no account: it is that of errors and power alike.
+    moments = moments / _unit(jnp.max(jnp.abs(moments)))
+    return Sample(values / unit, moments, absmax / unit, jnp.full_like(absmax, unit))

@@ -166,14 +166,24 @@ def test_channels_have_scales_of_their_own_and_one_mu():
     assert relative == pytest.approx(sum(errors) / np.sum(x.astype(np.float64) ** 2), rel=1e-3)
 
 
-@pytest.mark.parametrize("factor", [1e-8, 1e6, 1e10])
-def test_the_fit_does_not_depend_on_the_unit(factor):
-    x = source("gaussian")
-    mu, (scale,), _ = fit_group([sample(x)], [FOUR])
-    error = squared_error(x, mu, scale[0], FOUR)
-    x = np.float32(factor) * x
-    mu, (scale,), _ = fit_group([sample(x)], [FOUR])
-    assert squared_error(x, mu, scale[0], FOUR) == pytest.approx(factor**2 * error, rel=1e-3)
+@pytest.mark.parametrize("factor", [1e-30, 1e-8, 1e10, 1e30])
+@pytest.mark.parametrize("kind", ["tensor", "channel", "output"])
+def test_the_fit_does_not_depend_on_the_unit(kind, factor):
+    x = source("gaussian", 1000)
+
+    def error(factor):
+        scaled = np.float32(factor) * x
+        if kind == "output":
+            moments = np.full((1, 1, 1), factor, np.float32)
+            given = samples.sample_from_moments(jnp.asarray(scaled)[None, :, None], moments, False)
+        else:
+            given = sample(scaled[:, None], channel_axes=(-1,) if kind == "channel" else ())
+        mu, (scale,), (relative,) = fit_group([given], [FOUR])
+        error = squared_error(scaled / factor, mu, scale[0] / factor, FOUR)
+        assert relative == pytest.approx(error / np.sum(x**2.0), rel=1e-2)
+        return error
+
+    assert error(factor) == pytest.approx(error(1.0), rel=1e-3)
 
 
 def test_eight_bits():
@@ -241,20 +251,20 @@ def test_mu_that_is_held():
 
 @pytest.mark.quick
 def test_a_histogram_counts_by_sign_and_magnitude():
-    x = np.float32([0.0, 1.0, -1.0, 1.0, 3.0, -1e-20, 1e20])
+    x = np.float32([0.0, 1.0, -1.0, 1.0, 3.0, -1e-20, 1e10])
     seen = jax.device_get(histogram(jnp.asarray(x)))
     assert seen.counts.sum(1).tolist() == [5, 2]
     assert (seen.counts > 0).sum() == 6
-    assert (seen.maximum, seen.minimum) == (np.float32(1e20), -1)
+    assert (seen.maximum, seen.minimum) == (np.float32(1e10), -1)
     kept = samples.sample_from_histogram(seen, True)
     found = {
-        float(m): int(n)
+        float(m * kept.unit[0]): int(n)
         for m, n in zip(np.asarray(kept.values[0]), np.asarray(kept.weights[0]), strict=True)
         if n
     }
     tiny = min(found)
     assert 0 < tiny < 1e-20  # among the zeros
-    assert found == {tiny: 2, 1.0: 3, 3.0: 1, float(np.float32(1e20)): 1}
+    assert found == {tiny: 2, 1.0: 3, 3.0: 1, float(np.float32(1e10)): 1}
     unsigned = samples.sample_from_histogram(seen, False)
     assert int(unsigned.weights.sum()) == 5
 
@@ -287,8 +297,10 @@ def test_what_is_not_finite_is_not_counted():
     x = jnp.asarray([1.0, jnp.nan, jnp.inf, -jnp.inf, -2.0])
     seen = histogram(x)
     assert int(seen.counts.sum()) == 2
-    assert (float(seen.maximum), float(seen.minimum)) == (1, -2)
     assert np.all(np.isfinite(seen.sums))
+    assert float(seen.unit) == 2
+    assert np.isnan(seen.maximum)  # it shows there
+    assert float(histogram(jnp.asarray([1.0, -jnp.inf])).minimum) == -np.inf
 
 
 def test_histograms_add_up():
@@ -299,3 +311,17 @@ def test_histograms_add_up():
     np.testing.assert_array_equal(merged.counts, whole.counts)
     np.testing.assert_allclose(merged.sums, whole.sums, rtol=1e-3, atol=1e-6)
     assert (merged.maximum, merged.minimum) == (whole.maximum, whole.minimum)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("sizes", [(1e-30, 1.0, 3e-4), (7.0, 1e-3, 1e20), (0.0, 1e-25, 0.0)])
+def test_histograms_of_other_magnitudes_add_up(sizes):
+    x = np.concatenate([np.float32(size) * source("bimodal", 500) for size in sizes])
+    merged = functools.reduce(
+        merge_histograms, [jax.device_get(histogram(jnp.asarray(p))) for p in np.split(x, 3)]
+    )
+    whole = jax.device_get(histogram(jnp.asarray(x)))
+    np.testing.assert_array_equal(merged.counts, whole.counts)
+    np.testing.assert_allclose(merged.sums, whole.sums, rtol=1e-3, atol=1e-6)
+    extremes = [(h.maximum, h.minimum, h.unit) for h in (merged, whole)]
+    assert extremes[0] == extremes[1]

@@ -274,9 +274,12 @@ def test_bad_input():
         quantized().calibrate(variables, iter(()))
     with pytest.raises(ValueError, match=r"`calibration` must be one of mse, .* output, got 'max'"):
         quantized().calibrate(variables, [X], calibration="max")
-    for mu in (-1.0, 256.0, float("nan")):
+    for mu in (-1.0, 256.0, float("nan"), True, jnp.asarray(True), np.ones(2)):
         with pytest.raises(ValueError, match=r"`mu` must be None or from 0 to 255, got"):
             quantized().calibrate(variables, [X], mu=mu)
+    for percentile in (0, 101.0, True, np.ones(2)):
+        with pytest.raises(ValueError, match=r"`percentile` must be in \(0, 100\], got"):
+            quantized().calibrate(variables, [X], percentile=percentile)
     rules = (cj.Rule("third", weight_bits=2),)
     with pytest.raises(ValueError, match=r"'third' matches none of 'first', 'second'"):
         quantized(rules=rules).calibrate(variables, [X])
@@ -294,6 +297,79 @@ def test_a_weight_that_is_not_finite_names_its_site(value):
     match = r"`variables` must be finite, the weight of site 'second' is not"
     with pytest.raises(ValueError, match=match):
         quantized().calibrate(variables, [X])
+
+
+@pytest.mark.quick
+def test_what_is_no_list_of_batches():
+    variables, calibrate = drawn(SetUp(), X), quantized().calibrate
+    for array in (X, np.asarray(X)):
+        match = r"`batches` must be several, got an array of shape \(5, 4\): give a list"
+        with pytest.raises(TypeError, match=match):
+            calibrate(variables, array)
+    with pytest.raises(TypeError, match=r"`batches` must be several, got dict: give a list"):
+        calibrate(variables, {"image": X})
+    match = r"`batches` must have an example each, got none in batch 1, counting from 0"
+    with pytest.raises(ValueError, match=match):
+        calibrate(variables, [X, X[:0]])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_batch_that_is_not_finite_is_named(value):
+    variables, bad = drawn(SetUp(), X), X.at[1, 2].set(value)
+    match = r"`batches` must be finite, got NaN or infinity in batch 2, counting from 0"
+    for bits in (None, 3):  # the latter looks at activations
+        with pytest.raises(ValueError, match=match):
+            quantized(act_bits=bits).calibrate(variables, [X, X, bad], calibration="absmax")
+
+
+class Logarithm(nn.Module):
+    """Finite until the second layer sees the logarithm of what is negative, or zero."""
+
+    stacked: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.log(nn.Dense(4, name="first")(x))
+        if self.stacked:
+            return Stack("scan", name="second")(x)
+        return nn.Dense(4, name="second")(x)
+
+
+@pytest.mark.parametrize(("stacked", "zero"), [(False, False), (True, False), (False, True)])
+def test_activations_that_are_not_finite_name_their_site(stacked, zero):
+    model = Logarithm(stacked)
+    first = {"kernel": jnp.eye(4), "bias": jnp.zeros(4)}
+    variables = drawn(model, X)
+    variables = {"params": {**variables["params"], "first": first}}
+    good, site = jnp.abs(X) + 1, "second/stack/dense" if stacked else "second"
+    match = rf"`batches` must give finite activations, got NaN or infinity at site '{site}' in ba"
+    with pytest.raises(ValueError, match=match + "tch 1"):
+        bad = jnp.zeros_like(X) if zero else -good
+        quantized(model).calibrate(variables, [good, bad], calibration="absmax")
+
+
+@pytest.mark.quick
+def test_calibration_is_not_to_be_transformed():
+    variables, calibrate = drawn(SetUp(), X), quantized().calibrate
+    match = r"`variables` must be arrays with values, got tracers: .* outside of jax.jit"
+    with pytest.raises(TypeError, match=match):
+        jax.jit(lambda variables: calibrate(variables, [X])[1])(variables)
+    with pytest.raises(TypeError, match=r"`batches` must be arrays with values, got tracers"):
+        jax.jit(lambda x: calibrate(variables, [x])[1])(X)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", [np.float32, jnp.float32, np.int64, np.asarray])
+def test_numbers_of_other_libraries(kind):
+    variables = drawn(nn.Dense(3), X)
+    qmodel, found = quantized(nn.Dense(3), act_bits=None).calibrate(
+        variables, [X], calibration="percentile", percentile=kind(100), mu=kind(3)
+    )
+    found = qmodel.quantizers(found)[""]
+    assert float(found["weight_mu"]) == pytest.approx(3, rel=1e-5)
+    top = float(jnp.abs(variables["params"]["kernel"]).max())
+    assert float(found["weight_scale"]) == pytest.approx(top, rel=1e-5)
 
 
 def test_all_zero_tensors_have_scale_one():

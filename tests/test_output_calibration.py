@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict, freeze
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from small_models import Net, SetUp, drawn, normal
 
 import compand_jax as cj
@@ -92,6 +94,23 @@ def test_boxed_parameters_stay_boxed():
     _, _, quantized = calibrate(model, batches, variables, error_feedback=True)
     assert quantized["params"]["kernel"].names == ("in", "out")
     assert np.any(quantized["params"]["kernel"].value != variables["params"]["kernel"].value)
+
+
+def test_params_keep_their_container_and_their_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = freeze(drawn(SetUp(), DENSE_BATCHES[0])["params"])
+    arguments = {"error_feedback": True, "calibration": "absmax"}
+    for given in (params, jax.device_put(params, everywhere)):
+        variables = {"params": given}
+        _, _, quantized = calibrate(SetUp(), DENSE_BATCHES, variables, **arguments)
+        found = quantized["params"]
+        assert isinstance(found, FrozenDict)
+        for site in ("first", "second"):
+            assert np.any(found[site]["kernel"] != params[site]["kernel"])
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(given), strict=True):
+            assert a.sharding == b.sharding
+            assert a.committed == b.committed
 
 
 class Counted:

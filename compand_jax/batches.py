@@ -1,0 +1,68 @@
+"""Batches as calibration is given them: what they must be, and how many examples are in one."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+
+def each_batch(batches: Iterable) -> Iterator[tuple]:
+    """Yields each batch as the model's positional arguments.
+
+    Raises:
+      TypeError: `batches` is one array, or something else that is not made of batches.
+      ValueError: there are none, or one of them has no examples.
+    """
+    if hasattr(batches, "shape"):
+        raise TypeError(
+            f"`batches` must be several, got an array of shape {tuple(batches.shape)}: give a "
+            "list of batches, [batch] if there is one"
+        )
+    if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`batches` must be several, got {type(batches).__name__}: give a list of batches"
+        )
+    i = -1
+    for i, batch in enumerate(batches):
+        args = tuple(batch) if isinstance(batch, tuple) else (batch,)
+        require_concrete("batches", args)
+        if count_examples(args) == 0:
+            raise ValueError(
+                f"`batches` must have an example each, got none in batch {i}, counting from 0: "
+                "leave it out"
+            )
+        yield args
+    if i < 0:
+        raise ValueError(
+            "`batches` must hold at least one batch, got none: give a list, or an iterator that "
+            "is not used up"
+        )
+
+
+def count_examples(args: tuple) -> int:
+    """Returns the length of the leading axis of the model's first argument; 1 without axes.
+
+    >>> count_examples((np.zeros((5, 4)), np.zeros(3)))
+    5
+    """
+    first, *_ = jax.tree.leaves(args) or [0]
+    return np.shape(first)[0] if np.ndim(first) else 1
+
+
+def all_finite(args: tuple) -> Bool[Array, ""]:
+    """Returns whether no floating-point array in a batch holds NaN or infinity."""
+    arrays = [x for x in map(jnp.asarray, jax.tree.leaves(args))
+              if jnp.issubdtype(x.dtype, jnp.floating)]  # fmt: skip
+    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in arrays] or [True]))
+
+
+def require_concrete(name: str, tree: Any) -> None:
+    """Raises TypeError where a tree holds tracers, as inside of `jax.jit`."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            f"`{name}` must be arrays with values, got tracers: calibration is no function to "
+            "transform, call it outside of jax.jit, jax.grad and jax.vmap"
+        )
