@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,24 +35,12 @@ def open_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: the record is of another configuration, or there are other files.
       OSError: the directory cannot be written.
     """
-    path = directory / "results.json"
-    if not path.is_file():
-        if directory.is_dir() and any(directory.iterdir()):
-            raise ValueError(
-                f"`out` must be new, empty or a record's directory, got {directory} with other "
-                "files: choose another directory"
-            )
+    record = read_record(directory)
+    if record is None:
         make_writable({"out": (directory, 0)})
         parts: dict[str, Any] = {"rows": [], "divergences": [], "sensitivity": [], "budgets": []}
         return {"config": dict(config), **parts, "seconds": {}}
-    try:
-        record = json.loads(path.read_text())
-        stored = record["config"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"`out` must hold a record of scripts/ptq.py, got {path}, which is none: choose "
-            "another directory"
-        ) from error
+    stored = record["config"]
     other = [
         f"{name} is {stored.get(name)!r} there, {value!r} here"
         for name, value in config.items()
@@ -64,6 +53,44 @@ def open_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     make_writable({"out": (directory, 0)})
     return record
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """Returns the record in a directory, None where there is nothing.
+
+    Raises:
+      ValueError: there are other files, or the record is damaged.
+    """
+    path = directory / "results.json"
+    if not path.is_file():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ValueError(
+                f"`out` must be new, empty or a record's directory, got {directory} with other "
+                "files: choose another directory"
+            )
+        return None
+    try:
+        record = json.loads(path.read_text())
+        _read_all(record)
+    # Of what is damaged, anything can be missing, or of another kind.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"`out` must hold a record of scripts/ptq.py, got {path}, which is none, or is "
+            "damaged: choose another directory"
+        ) from error
+    return record
+
+
+def _read_all(record: Mapping[str, Any]) -> None:
+    """Raises what comes of it where something that a run goes on from, or writes, is missing."""
+    document(record)
+    for setting in results_by_setting(record["rows"]):
+        _ = setting.config, record["full_precision"]["accuracy"]
+    for part in ("divergences", "sensitivity"):
+        for row in record[part]:
+            _ = record["sites"][row["site"]] + row["weight_bits"]
+    for row in [*record["divergences"], *with_divergences(record)]:
+        _ = math.isfinite(row["divergence"])
 
 
 def results_by_setting(rows: Iterable[Mapping[str, Any]]) -> dict[Setting, Mapping[str, Any]]:

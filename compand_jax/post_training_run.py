@@ -31,7 +31,12 @@ from compand_jax.post_training import (
     require_finite,
     weight_counts,
 )
-from compand_jax.post_training_record import open_record, results_by_setting, write_record
+from compand_jax.post_training_record import (
+    open_record,
+    read_record,
+    results_by_setting,
+    write_record,
+)
 from compand_jax.post_training_tables import base_setting, tables
 from compand_jax.run_directory import provenance, write_json
 from compand_jax.trained_checkpoints import Checkpoint, digest, load_checkpoint
@@ -75,7 +80,7 @@ class PostTrainingConfig:
     test_images: int | None = None
     """Test images, the first so many; left out, all."""
     seed: int = 0
-    """Seed of the choice of calibration images and of their augmentation, from 0."""
+    """Seed of the choice of calibration images and of their augmentation, from 0 to 2**32 - 1."""
     workers: int = min(os.cpu_count() or 1, 4)
     """Rows at a time, in threads."""
     data_dir: Path = Path("data")
@@ -85,14 +90,21 @@ class PostTrainingConfig:
     goes on where it was stopped."""
 
     def __post_init__(self):
-        for name, low in {"images": 1, "test_images": 1, "seed": 0, "workers": 1}.items():
+        for name in ("images", "test_images", "workers"):
             value = getattr(self, name)
-            _require(self, name, value is None or value >= low, f"an integer of at least {low}")
+            _require(self, name, value is None or value >= 1, "an integer of at least 1")
+        # Of a larger one jax.random.key takes the last 32 bits alone.
+        _require(self, "seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         choices = {"calibration": CALIBRATIONS, "model": tuple(MODELS), "dataset": DATASETS}
         for name, values in choices.items():
             value = getattr(self, name)
             ok = value in values or (value is None and name != "calibration")
             _require(self, name, ok, "one of " + ", ".join(values))
+        if self.bits == () and not self.checkpoint.exists():
+            raise ValueError(  # as of `--bits 3` alone
+                f"`checkpoint` must be an .npz file or a run directory, got {self.checkpoint}, "
+                "which does not exist: give it before --bits"
+            )
         ok = self.bits is None or (self.bits != () and set(self.bits) <= set(BITS))
         _require(self, "bits", ok, f"one or more of {', '.join(map(str, BITS))}")
         ok = self.budget is None or (math.isfinite(self.budget) and 2 <= self.budget <= 8)
@@ -118,6 +130,8 @@ def run(config: PostTrainingConfig, *, progress: bool = True) -> tuple[str, Path
         calibration images; or `out` holds another run. Nothing is measured or overwritten then.
       OSError: the checkpoint or the data is missing, or `out` cannot be written.
     """
+    if config.out is not None:
+        read_record(config.out)  # what is wrong with it is not to be found out after loading
     checkpoint = load_checkpoint(
         config.checkpoint,
         data_dir=config.data_dir,

@@ -63,7 +63,7 @@ def import_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[s
       `model.init`; no "batch_stats" where the model has no batch norm.
 
     Raises:
-      TypeError: if the model is none of these.
+      TypeError: if the model is none of these, or the state dict no mapping.
       ValueError: if names are missing or extra, or shapes wrong, all of which are listed; or if
         the model is in block order "norm_act_conv" with batch norm.
 
@@ -84,6 +84,11 @@ def import_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[s
         raise TypeError(
             "`model` must be an AlexNet, VGG or ResNet of compand_jax.models, got "
             f"{type(model).__name__}: create one with create_model"
+        )
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must map names to arrays, got {type(state_dict).__name__}: give what "
+            "load_npz_state_dict returns, or a PyTorch model's state_dict()"
         )
     shapes = _flax_shapes(model)
     arrays = _arrays(state_dict)

@@ -28,6 +28,9 @@ NORMALIZATIONS = MappingProxyType(
         "vgg": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     }
 )
+# What they were trained on, and its classes; images are [32, 32, 3].
+_CLASSES = MappingProxyType({"cifar10": 10, "cifar100": 100})
+_CHANNELS = 3
 # All of them pad by 4 pixels and mirror.
 _PAD, _FLIP = 4, True
 
@@ -86,13 +89,20 @@ def load_checkpoint(
         given = {"model": model, "dataset": dataset, "mean": mean, "std": std}
         return _from_run(path, data_dir, given)
     model, dataset = model or "resnet20", dataset or "cifar10"
+    if dataset not in _CLASSES:
+        raise ValueError(
+            f"`dataset` must be {' or '.join(_CLASSES)} for a state dict, got {dataset!r}: choose "
+            "one that it was trained on"
+        )
     try:
         arrays = load_npz_state_dict(path)
     except ValueError as error:
         raise ValueError(str(error).replace("`path`", "`checkpoint`")) from error
-    data = _normalized(load_data(dataset, data_dir), model, mean, std)
-    module = create_model(model, data.num_classes)
-    return Checkpoint(model, module, import_state_dict(arrays, module), data, _PAD, _FLIP)
+    module = create_model(model, _CLASSES[dataset])
+    variables = import_state_dict(arrays, module)
+    normalization = _normalization(model, mean, std)
+    data = dataclasses.replace(load_data(dataset, data_dir), **normalization)
+    return Checkpoint(model, module, variables, data, _PAD, _FLIP)
 
 
 def _from_run(path: Path, data_dir: Path, given: Mapping[str, Any]) -> Checkpoint:
@@ -108,24 +118,20 @@ def _from_run(path: Path, data_dir: Path, given: Mapping[str, Any]) -> Checkpoin
     return Checkpoint(config.model, stage.model, state.variables, data, config.pad, config.flip)
 
 
-def _normalized(
-    data: ImageData,
-    model: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-) -> ImageData:
-    public = next((own for name, own in NORMALIZATIONS.items() if model.startswith(name)), None)
-    default_mean, default_std = public or (data.mean, data.std)
-    values = {"mean": mean or default_mean, "std": std or default_std}
-    channels = data.train_images.shape[-1]
+def _normalization(
+    model: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> dict[str, tuple[float, ...]]:
+    """Returns `mean` and `std`, those of the public networks where they are not given."""
+    public = next(own for name, own in NORMALIZATIONS.items() if model.startswith(name))
+    values = {"mean": mean or public[0], "std": std or public[1]}
     for name, given in values.items():
         positive = name != "std" or min(given, default=0) > 0
-        if len(given) != channels or not np.all(np.isfinite(given)) or not positive:
+        if len(given) != _CHANNELS or not np.all(np.isfinite(given)) or not positive:
             raise ValueError(
-                f"`{name}` must be {channels} finite{' positive' if name == 'std' else ''} "
+                f"`{name}` must be {_CHANNELS} finite{' positive' if name == 'std' else ''} "
                 f"numbers, one for each channel, got {given}: give those of the training"
             )
-    return dataclasses.replace(data, **values)
+    return values
 
 
 def digest(variables: Mapping[str, Any]) -> str:

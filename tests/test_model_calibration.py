@@ -343,9 +343,9 @@ def test_activations_that_are_not_finite_name_their_site(stacked, zero):
     variables = drawn(model, X)
     variables = {"params": {**variables["params"], "first": first}}
     good, site = jnp.abs(X) + 1, "second/stack/dense" if stacked else "second"
-    match = rf"`batches` must give finite activations, got NaN or infinity at site '{site}' in ba"
-    with pytest.raises(ValueError, match=match + "tch 1"):
-        bad = jnp.zeros_like(X) if zero else -good
+    bad = jnp.zeros_like(X) if zero else -good
+    match = rf"`batches` must give finite activations, .* infinity at site '{site}' in batch 1"
+    with pytest.raises(ValueError, match=match):
         quantized(model).calibrate(variables, [good, bad], calibration="absmax")
 
 

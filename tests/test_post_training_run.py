@@ -199,15 +199,49 @@ def test_record_of_another_configuration_or_other_files(config, evaluated, tmp_p
         with pytest.raises(ValueError, match=f"`out` must be of this configuration.*{message}"):
             run(dataclasses.replace(config, **fields), progress=False)
     assert snapshot(config.out) == before
-    (config.out / "results.json").write_text("[]")
-    with pytest.raises(ValueError, match="`out` must hold a record of scripts/ptq.py, got"):
-        run(config, progress=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(ValueError, match="`out` must be new, empty or a record's directory, got"):
         run(dataclasses.replace(config, out=tmp_path / "other"), progress=False)
     with pytest.raises(OSError, match="`out` must be a directory that can be written, got"):
         run(dataclasses.replace(config, out=tmp_path / "other" / "file"), progress=False)
+
+
+def damage(record, way):
+    if way == "a list":
+        return "[]"
+    if way == "cut off":
+        return json.dumps(record)[:-100]
+    if way == "no object":
+        return json.dumps(record | {"config": [1]})
+    if way == "another setting":
+        record["rows"][0]["weight_bits"] = "three"
+    elif way == "another site":
+        record["divergences"] = [{"site": "none", "weight_bits": 3, "divergence": 0.1}]
+    elif way == "a result gone":
+        del record["rows"][-1]["correct"]
+    else:
+        del record[way]
+    return json.dumps(record)
+
+
+WAYS = (
+    "a list", "cut off", "no object", "another setting", "another site", "a result gone",
+    "rows", "seconds", "budgets", "full_precision", "versions",
+)  # fmt: skip
+
+
+def test_a_damaged_record_is_left_as_it_is(config, evaluated, monkeypatch):
+    run(config, progress=False)
+    whole = read(config)
+    monkeypatch.setattr(post_training_run, "load_checkpoint", None)  # it is not come to
+    for way in WAYS:
+        text = damage(json.loads(json.dumps(whole)), way)
+        (config.out / "results.json").write_text(text)
+        before = snapshot(config.out)
+        with pytest.raises(ValueError, match="`out` must hold a record of scripts/ptq.py, got"):
+            run(config, progress=False)
+        assert snapshot(config.out) == before, way
 
 
 def test_nan_and_too_many_images_are_errors_before_anything_is_made(config, monkeypatch):
@@ -228,7 +262,8 @@ def test_nan_and_too_many_images_are_errors_before_anything_is_made(config, monk
     [
         ({"images": 0}, "`images` must be an integer of at least 1, got 0"),
         ({"test_images": 0}, "`test_images` must be an integer of at least 1, got 0"),
-        ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
+        ({"seed": -1}, r"`seed` must be an integer from 0 to 2\*\*32 - 1, got -1"),
+        ({"seed": 2**40}, r"`seed` must be an integer from 0 to 2\*\*32 - 1, got 1099511627776"),
         ({"workers": 0}, "`workers` must be an integer of at least 1, got 0"),
         ({"bits": ()}, r"`bits` must be one or more of 2, 3, 4, 5, 6, 7, 8, got \(\)"),
         ({"bits": (1, 4)}, "`bits` must be one or more of 2, 3, 4, 5, 6, 7, 8, got"),
@@ -243,6 +278,12 @@ def test_nan_and_too_many_images_are_errors_before_anything_is_made(config, monk
 def test_wrong_fields(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         PostTrainingConfig(tmp_path, **fields)
+
+
+@pytest.mark.quick
+def test_bits_that_have_swallowed_the_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="`checkpoint` must be .* not exist: give it before --bit"):
+        PostTrainingConfig(tmp_path / "3", bits=())
 
 
 @pytest.mark.quick

@@ -341,3 +341,11 @@ def assert_not_npz(path, data):
     with pytest.raises(ValueError, match=re.escape(f"got {path}, which is damaged")) as caught:
         load_npz_state_dict(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("given", [None, [1, 2], np.zeros(3)])
+def test_a_state_dict_is_a_mapping(given):
+    plainly = getattr(import_state_dict, "__wrapped__", import_state_dict)
+    with pytest.raises(TypeError, match=r"`state_dict` must map names to arrays, got (None|li|nd)"):
+        plainly(given, AlexNet())
