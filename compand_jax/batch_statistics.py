@@ -39,14 +39,14 @@ def estimate_batch_stats(
     Raises:
       ValueError: there are no batches, or a statistic is not finite.
     """
-    flat = flatten_dict(variables["batch_stats"])
+    flat: dict[tuple, Any] = dict(flatten_dict(variables["batch_stats"]))
     # In the shape of the mean, and so divided among a stack's layers as it is.
     means = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "mean"}
     counts = {(*module, _COUNT): jnp.zeros_like(mean) for module, mean in means.items()}
     stats = unflatten_dict({**flat, **counts})
     for args in each_batch(batches):
         stats = update({**variables, "batch_stats": stats}, args)
-    flat = {path: leaf for path, leaf in flatten_dict(stats).items() if path not in counts}
+    flat = {path: leaf for path, leaf in dict(flatten_dict(stats)).items() if path not in counts}
     bad = ["/".join(path) for path, leaf in flat.items() if not np.all(np.isfinite(leaf))]
     if bad:
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 
@@ -16,10 +17,10 @@ def each_batch(batches: Iterable) -> Iterator[tuple]:
       TypeError: `batches` is one array, or something else that is not made of batches.
       ValueError: there are none, or one of them has no examples.
     """
-    if hasattr(batches, "shape"):
+    if (shape := getattr(batches, "shape", None)) is not None:
         raise TypeError(
-            f"`batches` must be several, got an array of shape {tuple(batches.shape)}: give a "
-            "list of batches, [batch] if there is one"
+            f"`batches` must be several, got an array of shape {tuple(shape)}: give a list of "
+            "batches, [batch] if there is one"
         )
     if isinstance(batches, Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -61,7 +62,7 @@ def all_finite(args: tuple) -> Bool[Array, ""]:
 
 def require_concrete(name: str, tree: Any) -> None:
     """Raises TypeError where a tree holds tracers, as inside of `jax.jit`."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         raise TypeError(
             f"`{name}` must be arrays with values, got tracers: calibration is no function to "
             "transform, call it outside of jax.jit, jax.grad and jax.vmap"

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
@@ -176,7 +177,7 @@ def check_arguments(
 
 def _number(value: Any) -> float:
     """Returns a real number, of Python, NumPy or JAX, as a float; NaN if it is something else."""
-    is_array = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, jax.core.Tracer)
+    is_array = isinstance(value, np.ndarray | jax.Array) and not isinstance(value, Tracer)
     if is_array and value.shape == ():
         value = value.item()
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
