@@ -20,7 +20,7 @@ from compand_jax.stages import finished
 METHOD = "mu_law-separate"
 COMMAND = (
     f"--methods {METHOD} --epochs 2 --finetune-epochs 2 --warmup-epochs 0 --batch-size 128 "
-    "--steps-per-call 1 --calibration-batches 1 --calibration absmax"
+    "--steps-per-call 1 --calibration-batches 1 --calibration absmax --calibration-mu 5"
 ).split()  # eleven steps an epoch
 
 # Each kills the process itself, so that the moment is certain.
