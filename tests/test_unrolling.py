@@ -1,7 +1,6 @@
 """A layer as a matrix product: its second moments, against what the layer itself computes."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
