@@ -1,12 +1,22 @@
 """What every test runs under: strict JAX, eight CPU devices, run-time types, warnings as errors."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read once, when the CPU client starts: this has to come before the first use of jax.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# Half of the time of the tests is compilation, mostly of programs that another test has as well:
+# the processes of one run compile each of them once. What it was is gone with the run.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="compand_jax-compiled-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 import jax
 import jaxtyping
@@ -18,7 +28,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("compand_jax", "beartype.beartype")
 
 # Each line: the filter, and why what it lets through is no defect of this project.
-WARNINGS = ("error",)
+WARNINGS = (
+    "error",
+    # Another process is writing the program at this moment: it is compiled here as well.
+    "ignore:Error reading persistent compilation cache entry",
+)
 
 
 def pytest_configure(config):

@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from tiny_runs import TinyNet
 
 import compand_jax as cj
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.data import ImageData
 from compand_jax.distributed import data_mesh, initialize, is_main, replicate, split
-from compand_jax.models import create_model
 from compand_jax.training import FitConfig, create_state, evaluate, fit
 
 
@@ -53,7 +53,7 @@ def main(out):
     if "JAX_NUM_PROCESSES" in os.environ:
         initialize()
     assert jax.device_count() == 2
-    model = create_model("cnn", 10)
+    model = TinyNet(10)
     sample = DATA.train_images[:4].astype(np.float32) / 255
     variables = jax.jit(model.init)(jax.random.key(0), sample)
     qmodel, calibrated = cj.quantize_model(model, cj.QuantConfig()).calibrate(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from small_models import QUICKLY_FLAGS
 
 from compand_jax.checkpoints import Checkpoints
 from compand_jax.distributed import data_mesh, initialize, replicate
@@ -22,9 +23,8 @@ TIMEOUT = 400
 
 
 def start(out, devices, **variables):
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    environment |= {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY_FLAGS}",
         "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), *sys.path]),
         "JAX_PLATFORMS": "cpu",
     }

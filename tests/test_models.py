@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from small_models import QUICKLY
 
 from compand_jax.models import BLOCK_ORDERS, MODELS, AlexNet, ResNet, create_model
 from compand_jax.models.layers import ConvSpec, conv_stack, max_pool
@@ -99,7 +100,7 @@ def test_every_parameter_learns(name, order):
     model, x = create_model(name, 10, order), images(name, batch=8)
     variables = drawn(shapes(model, x))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     @jax.grad
     def gradient(params):
         run = {**variables, "params": params}
@@ -176,7 +177,7 @@ def test_bad_arguments_are_refused(make, match):
 
 
 def value_and_gradients(function, *arguments):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def run(cotangent, *arguments):
         y, pull = jax.vjp(function, *arguments)
         return y, *pull(cotangent)

@@ -136,7 +136,11 @@ def _operands(channels, dtype):
     return x, [(jnp.float32(MUS).reshape(1, 1, 7), scale)]
 
 
-def _check_round_trip(case, x, parameters):
+def _check_round_trip(case, x, parameters, *, each_jitted=True):
+    """Codes and back, eagerly and in one program; and quantizing each way in a program of its own.
+
+    The last two are the eager ones' in a wrapper: not every case needs them.
+    """
     quantize, fake_quantize = (
         functools.partial(f, **spec(case)) for f in (cj.quantize, cj.fake_quantize)
     )
@@ -152,14 +156,15 @@ def _check_round_trip(case, x, parameters):
         assert faked.shape == x.shape
         codes = quantize(x, mu, scale)
         np.testing.assert_array_equal(raw(dequantize(codes, mu, scale)), raw(faked))
-        jit_faked = jit_fake(x, mu, scale)
-        np.testing.assert_array_equal(raw(jit_round_trip(x, mu, scale)), raw(jit_faked))
-        np.testing.assert_array_equal(raw(jit_dequantize(codes, mu, scale)), raw(jit_faked))
+        np.testing.assert_array_equal(raw(jit_round_trip(x, mu, scale)), raw(faked))
+        if each_jitted:
+            np.testing.assert_array_equal(raw(jit_fake(x, mu, scale)), raw(faked))
+            np.testing.assert_array_equal(raw(jit_dequantize(codes, mu, scale)), raw(faked))
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_dequantized_codes_are_the_fake_quantized_values_bit_for_bit(case):
-    _check_round_trip(case, *_operands(False, jnp.float32))
+    _check_round_trip(case, *_operands(False, jnp.float32), each_jitted=case in FEW)
 
 
 @pytest.mark.parametrize("case", FEW)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from oracle import CASES, FEW, MUS, spec
+from small_models import QUICKLY
 
 import compand_jax as cj
 
@@ -15,6 +16,8 @@ SCALE = np.float32(1.7)
 SIZE = 20_000
 SMALL_MUS = (0.0, 1e-12, 1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 3e-4, 5e-4, 1e-3, 1e-2)
 MORE_MUS = (*SMALL_MUS, 0.1, 0.19, 0.21, 0.5, 1.0, 5.0, 50.0, 255.0)
+PER_MU = 250
+EACH = PER_MU * len(MORE_MUS)  # of what has a mu and a scale for each element: compiled once
 THREE = [(4, True, "midtread"), (8, False, "midtread"), (2, True, "midrise")]
 ALL = [pytest.param(c, marks=pytest.mark.quick) if c == THREE[0] else c for c in CASES]
 
@@ -80,9 +83,8 @@ def test_chain_changes_the_gradient_in_x_only(case, mu):
 @pytest.mark.parametrize("case", [*FEW, *THREE])
 def test_every_element_equals_the_oracle_at_every_mu(case):
     """One mu and one scale for each element: their gradients are not summed then."""
-    n = 250
-    x, cotangent = (np.tile(a[:n], len(MORE_MUS)) for a in data())
-    mu = np.repeat(np.float32(MORE_MUS), n)
+    x, cotangent = (np.tile(a[:PER_MU], len(MORE_MUS)) for a in data())
+    mu = np.repeat(np.float32(MORE_MUS), PER_MU)
     scale = np.full_like(mu, SCALE)
     operands = (jnp.asarray(a) for a in (x, mu, scale, cotangent))
     in_x, in_mu, in_scale = (np.asarray(g) for g in gradient_function(case)(*operands))
@@ -142,8 +144,8 @@ def test_clip_boundary_and_zero(case, mu):
     inner, outer = (np.nextafter(SCALE, np.float32(to)) for to in (0, np.inf))
     x = np.float32([inner, SCALE, outer, -inner, -SCALE, -outer, 0.0, -0.0])
     n, signed = len(x), case[1]
-    operands = jnp.asarray(x), jnp.full(n, mu), jnp.full(n, SCALE), jnp.ones(n)
-    in_x, in_mu, in_scale = (np.asarray(g) for g in gradient_function(case)(*operands))
+    operands = (jnp.asarray(np.resize(np.float32(a), EACH)) for a in (x, mu, SCALE, 1))
+    in_x, in_mu, in_scale = (np.asarray(g)[:n] for g in gradient_function(case)(*operands))
     np.testing.assert_array_equal(in_x, [1, 0, 0, signed, 0, 0, signed, signed])
     if case[2] == "midtread":
         np.testing.assert_array_equal(in_mu[[1, 2, 4, 5, 6, 7]], np.zeros(6))
@@ -233,19 +235,19 @@ def _grad_of_vmap(loss, operands):
 
 
 def _jit_of_grad_of_vmap(loss, operands):
-    return jax.jit(functools.partial(_grad_of_vmap, loss))(operands)
+    return jax.jit(functools.partial(_grad_of_vmap, loss), compiler_options=QUICKLY)(operands)
 
 
 def _grad_of_scan(loss, operands):
     def total(*operands):
         return jax.lax.scan(lambda sum_, row: (sum_ + loss(*row), None), 0.0, operands)[0]
 
-    return jax.jit(jax.grad(total, (0, 1, 2)))(*operands)
+    return jax.jit(jax.grad(total, (0, 1, 2)), compiler_options=QUICKLY)(*operands)
 
 
 def _grad_of_remat(loss, operands):
     total = jax.checkpoint(lambda *a: jnp.sum(jax.vmap(loss)(*a)))
-    return jax.jit(jax.grad(total, (0, 1, 2)))(*operands)
+    return jax.jit(jax.grad(total, (0, 1, 2)), compiler_options=QUICKLY)(*operands)
 
 
 TRANSFORMS = [_one_by_one, _vmap_of_grad, _grad_of_vmap, _jit_of_grad_of_vmap]

@@ -1,11 +1,10 @@
 """A layer as a matrix product: its second moments, against what the layer itself computes."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import normal
+from small_models import drawn, normal
 
 from compand_jax.interception import Observer, intercept_layers
 
@@ -38,7 +37,7 @@ def observed(layer, variables, x):
 def test_the_moments_give_the_change_of_the_output(name):
     layer, shape = LAYERS[name]
     x = normal(*shape)
-    variables = layer.init(jax.random.key(0), x)
+    variables = drawn(layer, x)
     unrolling, (moments,) = observed(layer, variables, x)
     kernel = variables["params"]["kernel"]
     change = normal(*kernel.shape, seed=1)
@@ -56,7 +55,7 @@ def test_the_moments_give_the_change_of_the_output(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_weight_comes_back_from_its_rows(name):
     layer, shape = LAYERS[name]
-    variables = layer.init(jax.random.key(0), normal(*shape))
+    variables = drawn(layer, normal(*shape))
     unrolling, _ = observed(layer, variables, normal(*shape))
     kernel = variables["params"]["kernel"]
     np.testing.assert_array_equal(unrolling.weight(unrolling.rows(kernel), kernel.shape), kernel)
@@ -77,5 +76,5 @@ def test_a_weight_comes_back_from_its_rows(name):
 def test_other_layers_are_not_unrolled(layer, x):
     observer = Observer()
     with intercept_layers(layer, observer) as intercepted:
-        intercepted.init(jax.random.key(0), x)
+        intercepted.apply(drawn(layer, x), x)
     assert observer.layers[""].unrolling is None
