@@ -166,9 +166,8 @@ def test_channels_have_scales_of_their_own_and_one_mu():
     assert relative == pytest.approx(sum(errors) / np.sum(x.astype(np.float64) ** 2), rel=1e-3)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e-8, 1e10, 1e30])
 @pytest.mark.parametrize("kind", ["tensor", "channel", "output"])
-def test_the_fit_does_not_depend_on_the_unit(kind, factor):
+def test_the_fit_does_not_depend_on_the_unit(kind):
     x = source("gaussian", 1000)
 
     def error(factor):
@@ -183,7 +182,7 @@ def test_the_fit_does_not_depend_on_the_unit(kind, factor):
         assert relative == pytest.approx(error / np.sum(x**2.0), rel=1e-2)
         return error
 
-    assert error(factor) == pytest.approx(error(1.0), rel=1e-3)
+    assert [error(1e-30), error(1e30)] == pytest.approx([error(1.0)] * 2, rel=1e-3)
 
 
 def test_eight_bits():
