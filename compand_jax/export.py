@@ -8,6 +8,8 @@ import jax
 import jax.core
 import jax.export
 
+from compand_jax.models.small_map_conv import plain_convolutions
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -46,7 +48,8 @@ def to_onnx(
     argument = _argument(shape, dtype)
     # Traced here: jax2onnx replaces Linen's layers while it traces, and with them what is
     # quantized in them.
-    traced = jax.make_jaxpr(function)(argument)
+    with plain_convolutions():
+        traced = jax.make_jaxpr(function)(argument)
     # On import it logs a traceback for each of its examples that has other requirements.
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import drawn
+from small_models import KEY, drawn
 
 import compand_jax as cj
 from compand_jax import artifacts
 from compand_jax.data import normalize
 from compand_jax.export import to_onnx, to_stablehlo
+from compand_jax.models import AlexNet
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the quantized model is not calibrated"  # its mu and scales are drawn at random here
@@ -118,3 +119,14 @@ def test_onnx(config, tmp_path):
     path.write_bytes(written[: len(written) // 2])
     with pytest.raises(ValueError, match="`path` must be an ONNX file"):
         artifacts.load_predictor(path)
+
+
+@pytest.mark.onnx
+def test_onnx_has_convolutions_where_a_cpu_would_multiply_matrices():
+    import onnx
+
+    model, x = AlexNet(), normalize(np.zeros((1, 32, 32, 3), np.uint8), (0.5,), (0.3,))
+    variables = jax.jit(model.init)(KEY, x)
+    written = to_onnx(lambda x: model.apply(variables, x), (32, 32, 3), jnp.float32)
+    operations = [node.op_type for node in onnx.load_from_string(written).graph.node]
+    assert operations.count("Conv") == 5

@@ -5,6 +5,7 @@ import math
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from small_models import QUICKLY
 from compand_jax.models import BLOCK_ORDERS, MODELS, AlexNet, ResNet, create_model
 from compand_jax.models.layers import ConvSpec, conv_stack, max_pool
 from compand_jax.models.resnet import shortcut
-from compand_jax.models.small_map_conv import conv_general_dilated
+from compand_jax.models.small_map_conv import conv_general_dilated, plain_convolutions
 
 # Sources: bearpaw/pytorch-classification (AlexNet 2.47M, VGG19 with batch norm 20.04M); for
 # ResNets He et al., table 6 (0.27M, 0.46M, 0.66M, 0.85M), counted by akamaster's repository.
@@ -246,11 +247,29 @@ def test_all_else_is_left_to_lax(kernel, kwargs):
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_which_convolutions_are_matrix_products():
-    text = jax.make_jaxpr(AlexNet().init)(jax.random.key(0), images("alexnet")).pretty_print()
-    assert text.count("conv_general_dilated[") == 1
+@pytest.mark.parametrize(
+    ("platform", "convolutions", "products"),
     # One per output pixel, 16 of conv2 and 4 each of conv3, conv4, conv5, and the dense layer.
-    assert text.count("dot_general[") == 16 + 3 * 4 + 1
+    [("cpu", 1, 16 + 3 * 4 + 1), ("cuda", 5, 1), ("tpu", 5, 1)],
+)
+def test_which_convolutions_are_matrix_products(platform, convolutions, products):
+    x = images("alexnet")
+    variables = jax.eval_shape(AlexNet().init, jax.random.key(0), x)
+    text = jax.export.export(jax.jit(AlexNet().apply), platforms=[platform])(variables, x)
+    text = text.mlir_module()
+    assert text.count("stablehlo.convolution(") == convolutions
+    assert text.count("stablehlo.dot_general ") == products
+
+
+@pytest.mark.quick
+def test_converters_see_plain_convolutions():
+    x = images("alexnet")
+    variables = jax.eval_shape(AlexNet().init, jax.random.key(0), x)
+    with plain_convolutions():
+        text = str(jax.make_jaxpr(AlexNet().apply)(variables, x))
+    assert text.count("conv_general_dilated[") == 5
+    assert "platform_index" not in text
+    assert "platform_index" in str(jax.make_jaxpr(AlexNet().apply)(variables, x))
 
 
 @pytest.mark.quick

@@ -5,15 +5,28 @@ XLA's CPU backend runs such a convolution, forward and to the input's gradient, 
 in AlexNet's second, 10 to 50 times slower than the same sums as matrix products.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from compand_jax.models.strided_conv import Pad, strided_conv
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_always_lax = contextvars.ContextVar("always_lax", default=False)
+
+
+@contextlib.contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Leaves to `jax.lax` all that is traced in this context: for converters to other formats."""
+    token = _always_lax.set(True)
+    try:
+        yield
+    finally:
+        _always_lax.reset(token)
 
 
 def conv_general_dilated(
@@ -44,10 +57,23 @@ def conv_general_dilated(
     rows, columns = ((int(low), int(high)) for low, high in padding)
     strides, sizes, taps = set(window_strides), lhs.shape[1:3], rhs.shape[:2]
     if len(strides) == 1 and 1 < window_strides[0] < min(taps) / 2:
-        return strided_conv(lhs, rhs, window_strides[0], (rows, columns), precision)
-    if strides != {1} or (taps[0] <= sizes[0] and taps[1] <= sizes[1]):
+
+        def on_cpu(lhs: Array, rhs: Array) -> Array:
+            return strided_conv(lhs, rhs, window_strides[0], (rows, columns), precision)
+
+    elif strides == {1} and (taps[0] > sizes[0] or taps[1] > sizes[1]):
+
+        def on_cpu(lhs: Array, rhs: Array) -> Array:
+            return _products(lhs, rhs, rows, columns, precision)
+
+    else:
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
-    return _products(lhs, rhs, rows, columns, precision)
+
+    def elsewhere(lhs: Array, rhs: Array) -> Array:
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **kwargs)
+
+    # When it is lowered, not here: a function exported on a CPU may run elsewhere.
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=elsewhere)
 
 
 def _products(lhs: Array, rhs: Array, rows: Pad, columns: Pad, precision: Any) -> Array:
@@ -72,9 +98,9 @@ def _is_plain(
     feature_group_count: int = 1,
     **kwargs: Any,
 ) -> bool:
-    """Whether it is on a CPU, and as plain as is computed here."""
+    """Whether it is as plain as is computed here."""
     return (
-        jax.default_backend() == "cpu"
+        not _always_lax.get()
         and dimension_numbers == _NHWC
         and all(set(factors or (1,)) == {1} for factors in (lhs_dilation, rhs_dilation))
         and feature_group_count == 1
