@@ -121,8 +121,8 @@ def load_predictor(path: Path) -> tuple[Predictor, str]:
         info = read_info(path)
         try:
             model, name = create_model(**info["model"]), str(info["dataset"])
-            mean, std = tuple(info["mean"]), tuple(info["std"])
-        except (KeyError, TypeError) as error:
+            mean, std = (tuple(map(float, info[key])) for key in ("mean", "std"))
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"`path` must be a file that scripts/export.py wrote, got {path} without "
                 f"{error}: use load_frozen with your own model"

@@ -13,6 +13,7 @@ import numpy as np
 
 from compand_jax.codebooks import check_spec
 from compand_jax.config import ACT_SITES
+from compand_jax.folded_norms import NORM_LEAVES
 from compand_jax.frozen_file import is_shape, wrong_file
 from compand_jax.frozen_tree import (
     KINDS,
@@ -22,13 +23,18 @@ from compand_jax.frozen_tree import (
     FrozenSite,
     FrozenWeight,
     Signature,
+    leaf_path,
     split_path,
 )
 from compand_jax.packing import pack, packed_bytes, unpack
+from compand_jax.parametrization import site_path
 from compand_jax.summary import WEIGHT_NAMES
 
 _FIELDS = {"act_site", "signature", "sites", "variables", "info"}
 ENCODINGS = ("packed", "zlib")
+
+_MAX_DEPTH = 64
+"""Modules within each other."""
 
 _MAX_RATIO = 64
 """How much larger than their compressed bytes codes may be: so a reader's memory is bounded."""
@@ -152,6 +158,7 @@ def _from_file(
     for name, site in sites.items():
         if site.act_bits is not None:
             _check_codebook(name, site, arrays["act_levels"][name], arrays["act_thresholds"][name])
+    _check_paths(weights, arrays["variables"])
     arrays["variables"] = _variables(description["variables"], arrays["variables"])
     return sites, act_site, _signature(description["signature"]), arrays
 
@@ -264,11 +271,23 @@ def _check_finite(name: str, what: str, x: np.ndarray) -> None:
     _require(finite, f"{what} not of finite float32 in site {name!r}")
 
 
+def _check_paths(weights: Mapping[str, FrozenWeight], variables: Mapping[str, Any]) -> None:
+    """Requires a place of its own for every variable, weight and folded batch norm."""
+    paths = [split_path(name) for name in variables]
+    paths += [leaf_path(name, weight.leaf) for name, weight in weights.items() if weight.leaf]
+    norms = [weight.norm for weight in weights.values() if weight.norm is not None]
+    paths += [
+        (collection, *site_path(name), leaf) for name in norms for collection, leaf in NORM_LEAVES
+    ]
+    # Before anything is made of them: jax runs through a tree by recursion.
+    _require(all(len(path) <= _MAX_DEPTH for path in paths), "a variable in too many modules")
+    above = {path[:i] for path in paths for i in range(1, len(path))}
+    distinct = len(set(paths)) == len(paths) and above.isdisjoint(paths)
+    _require(distinct, "a variable within another")
+
+
 def _variables(types: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns the variables in their own types."""
-    paths = {split_path(name) for name in found}
-    above = {path[:i] for path in paths for i in range(1, len(path))}
-    _require(not paths & above, "a variable within another")
     for name, x in found.items():
         _require(types[name] in TYPES, f"an unknown type of variable {name[:80]!r}")
         floating = jnp.issubdtype(types[name], jnp.floating)

@@ -78,6 +78,8 @@ def read_sealed(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]
       OSError: The file cannot be read.
       ValueError: It is not one that `write_sealed` wrote, to the last bit.
     """
+    if Path(path).is_fifo():  # opening it would wait for a writer
+        raise wrong_file(path, "no end: it is a pipe")
     with Path(path).open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import zlib
 
@@ -160,6 +161,26 @@ def body_view(header, body, name):
     return np.frombuffer(memoryview(body)[start:stop], kind).reshape(header[name]["shape"])
 
 
+def variable_above_a_weight(header, description, _):
+    for place in (header, description["variables"]):
+        prefix = "variables/" if place is header else ""
+        place[f"{prefix}params/first"] = place.pop(f"{prefix}params/first/bias")
+
+
+def variable_in_the_place_of_a_weight(header, description, _):
+    for place in (header, description["variables"]):
+        prefix = "variables/" if place is header else ""
+        place[f"{prefix}params/first/kernel"] = place.pop(f"{prefix}params/first/bias")
+
+
+def deep_variable(header, description, _, depth=10**6):
+    path = "params/" * depth + "x"
+    header[f"variables/{path}"] = header.pop("variables/params/first/bias")
+    description["variables"] = {
+        name: kind for name, kind in description["variables"].items() if "first/bias" not in name
+    } | {path: "float32"}
+
+
 def rename_version(header, *_):
     header["__metadata__"]["version"] = "2"
 
@@ -222,6 +243,10 @@ EDITS = {
         encoding="zlib"
     ),
     "other codes than described": lambda h, d, a: d["sites"].pop("first"),
+    "a header of 1\\d{7} bytes": deep_variable,
+    "a variable in too many modules": lambda h, d, a: deep_variable(h, d, a, 10**5),
+    "a variable within another: write": variable_above_a_weight,
+    "a variable within another": variable_in_the_place_of_a_weight,
     "no act_site": lambda h, d, a: d.update(act_site="middle"),
     "a signature that is none": lambda h, d, a: d.update(signature=[1]),
     "an unknown type of variable": lambda h, d, a: d["variables"].update(
@@ -272,6 +297,9 @@ def test_files_that_are_none(made, tmp_path):
         cj.load_frozen(tmp_path / "none", NormedNet())
     with pytest.raises(OSError, match="directory"):
         cj.load_frozen(tmp_path, NormedNet())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="with no end: it is a pipe"):
+        cj.load_frozen(tmp_path / "pipe", NormedNet())
 
 
 def test_of_another_model(made):
