@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
@@ -35,6 +34,7 @@ from compand_jax.codebooks import (
     take,
 )
 from compand_jax.companding import compute_dtype, log1p_ratio, power_series
+from compand_jax.fusion import computed_once, sum_both
 
 GRADIENTS = ("identity", "chain")
 
@@ -213,6 +213,11 @@ def _dequantize(codes: Array, mu: Array, scale: Array, spec: Spec, dtype: Any) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -> Array:
+    return _nearest_level(x, mu, scale, spec)
+
+
+@computed_once(static_argnums=3)
+def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
     level = look_up(_magnitude(wide, spec), mu, scale, levels, spec)
@@ -228,7 +233,13 @@ def _straight_through_fwd(
 
 
 def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
-    x, mu, scale = residuals
+    return _pull_back(*residuals, cotangent, spec, chain)
+
+
+@computed_once(static_argnums=(4, 5))
+def _pull_back(
+    x: Array, mu: Array, scale: Array, cotangent: Array, spec: Spec, chain: bool
+) -> tuple[Array, Array, Array]:
     g = cotangent.astype(mu.dtype)
     wide = x.astype(mu.dtype)
     magnitude = _magnitude(wide, spec)
@@ -243,7 +254,7 @@ def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: 
     signed_g = jnp.where(wide < 0, -g, g)
     dmu = signed_g * scale * _level_slope_in_mu(v, v_q, mu, spec)
     dscale = signed_g * jnp.where(inside, v_q - v, v_q)
-    return dx, *_sum_both(dmu, dscale, mu.shape, scale.shape)
+    return dx, *sum_both(dmu, dscale, mu.shape, scale.shape)
 
 
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
@@ -299,30 +310,3 @@ def _one_minus_q_over_mu(mu: Array) -> Array:
     safe = jnp.where(near, 1, mu)
     series = power_series(mu, tuple((-1.0) ** n / (n + 2) for n in range(12)))
     return jnp.where(near, series, (1 - log1p_ratio(safe)) / safe)
-
-
-def _sum_both(a: Array, b: Array, a_shape: tuple, b_shape: tuple) -> tuple[Array, Array]:
-    """Returns a and b, each summed to the shape that was broadcast to theirs.
-
-    One reduction for both: XLA computes what their operands have in common once. Two sums cost
-    seven times the input in temporary memory, and twice the time.
-    """
-    axes = tuple(
-        i for i in range(a.ndim) if all(not shape or shape[i] == 1 for shape in (a_shape, b_shape))
-    )
-    if jax.default_backend() == "cpu":
-        # XLA's CPU backend adds complex numbers in vectors, but pairs of numbers one by one.
-        both = jnp.sum(lax.complex(a, b), axes)
-        sums = both.real, both.imag
-    else:
-        zero = jnp.zeros((), a.dtype)
-        sums = lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
-    a_sum, b_sum = (jnp.expand_dims(x, axes) for x in sums)
-    return _sum_to(a_sum, a_shape), _sum_to(b_sum, b_shape)
-
-
-def _sum_to(x: Array, shape: tuple) -> Array:
-    if not shape:
-        return jnp.sum(x)
-    axes = tuple(i for i, n in enumerate(shape) if n == 1)
-    return jnp.sum(x, axes, keepdims=True)
