@@ -125,7 +125,7 @@ def test_onnx(config, tmp_path):
 def test_onnx_has_convolutions_where_a_cpu_would_multiply_matrices():
     import onnx
 
-    model, x = AlexNet(), normalize(np.zeros((1, 32, 32, 3), np.uint8), (0.5,), (0.3,))
+    model, x = AlexNet(), jnp.zeros((1, 32, 32, 3))
     variables = jax.jit(model.init)(KEY, x)
     written = to_onnx(lambda x: model.apply(variables, x), (32, 32, 3), jnp.float32)
     operations = [node.op_type for node in onnx.load_from_string(written).graph.node]
