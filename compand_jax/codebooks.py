@@ -33,6 +33,9 @@ ONE_BIT_REMEDY = "grid='midrise' or signed=False"
 
 # Up to so many thresholds comparing with each is cheaper than finding out which one matters.
 _MAX_COMPARISONS = 15
+# And so it is where each of many tables serves no more values than this: finding out needs
+# another table for each.
+_FEW_VALUES = 2**13
 
 
 class Spec(NamedTuple):
@@ -171,7 +174,9 @@ def _codebook(mu: Array, scale: Array, spec: Spec) -> tuple[Array, Array]:
 def look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec) -> Array:
     """Returns the table's entry for the number of thresholds that each magnitude lies beyond."""
     thresholds = expand_positions(positions(spec)[1], mu, scale)
-    if thresholds.shape[-1] <= _MAX_COMPARISONS:
+    tables = thresholds.size // thresholds.shape[-1]
+    few_values = thresholds.ndim > 1 and magnitude.size <= _FEW_VALUES * tables
+    if thresholds.shape[-1] <= _MAX_COMPARISONS or few_values:
         return _compare_all(magnitude, thresholds, table, spec)
     return _compare_one(magnitude, mu, scale, thresholds, table, spec)
 
