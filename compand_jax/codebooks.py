@@ -12,6 +12,7 @@ would differ only in how the table is made.
 """
 
 import functools
+import math
 import numbers
 from typing import Any, NamedTuple
 
@@ -174,7 +175,7 @@ def _codebook(mu: Array, scale: Array, spec: Spec) -> tuple[Array, Array]:
 def look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec) -> Array:
     """Returns the table's entry for the number of thresholds that each magnitude lies beyond."""
     thresholds = expand_positions(positions(spec)[1], mu, scale)
-    tables = thresholds.size // thresholds.shape[-1]
+    tables = math.prod(thresholds.shape[:-1])
     few_values = thresholds.ndim > 1 and magnitude.size <= _FEW_VALUES * tables
     if thresholds.shape[-1] <= _MAX_COMPARISONS or few_values:
         return _compare_all(magnitude, thresholds, table, spec)
