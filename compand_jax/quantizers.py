@@ -27,14 +27,13 @@ from compand_jax.codebooks import (
     Spec,
     check_parameters,
     check_spec,
-    expand_positions,
     half_table,
     look_up,
     positions,
     take,
 )
 from compand_jax.companding import compute_dtype, log1p_ratio, power_series
-from compand_jax.fusion import computed_once, sum_both
+from compand_jax.sums import sum_both
 
 GRADIENTS = ("identity", "chain")
 
@@ -164,7 +163,7 @@ def fake_quantize(
     spec = check_spec(bits, signed, grid)
     if gradient not in GRADIENTS:
         raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-    return _fake_quantize(*_check_operands(x, mu, scale), spec, gradient == "chain")
+    return _straight_through(*_check_operands(x, mu, scale), spec, gradient == "chain")
 
 
 def _check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Array, Array, Array]:
@@ -216,7 +215,7 @@ def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
     return _nearest_level(x, mu, scale, spec)
 
 
-@computed_once(static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
 def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
@@ -229,21 +228,21 @@ def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
 def _straight_through_fwd(
     x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
 ) -> tuple[Array, tuple]:
-    return _straight_through(x, mu, scale, spec, chain), (x, mu, scale)
+    return _nearest_level(x, mu, scale, spec), (x, mu, scale)
 
 
 def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
     return _pull_back(*residuals, cotangent, spec, chain)
 
 
-@computed_once(static_argnums=(4, 5))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _pull_back(
     x: Array, mu: Array, scale: Array, cotangent: Array, spec: Spec, chain: bool
 ) -> tuple[Array, Array, Array]:
     g = cotangent.astype(mu.dtype)
     wide = x.astype(mu.dtype)
     magnitude = _magnitude(wide, spec)
-    table = expand_positions(positions(spec)[0], mu, jnp.ones_like(scale))
+    table, _ = half_table(mu, jnp.ones_like(scale), spec)
     v = jnp.minimum(magnitude / scale, 1)
     v_q = look_up(magnitude, mu, scale, table, spec)
 
@@ -258,7 +257,6 @@ def _pull_back(
 
 
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
-_fake_quantize = jax.jit(_straight_through, static_argnums=(3, 4))
 
 
 def _level_slope_in_mu(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
@@ -304,6 +302,7 @@ def _terms_needed(term: Callable[[int], float]) -> int:
     return next(n for n in range(1, 99) if term(n) < 2.0**-24)
 
 
+@jax.jit  # so that it is traced once, for all sites
 def _one_minus_q_over_mu(mu: Array) -> Array:
     """Returns (1 - q(mu))/mu = (mu - log1p(mu))/mu^2, 1/2 at mu = 0."""
     near = mu < 0.2
