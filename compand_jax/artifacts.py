@@ -39,12 +39,21 @@ def quantized_stages(config: RunConfig, data: ImageData) -> list[str]:
     return [name for name in names if make_stage(config, data, name).quantized is not None]
 
 
-def freeze_stage(config: RunConfig, data: ImageData, name: str) -> FrozenModel:
+def freeze_stage(
+    config: RunConfig, data: ImageData, name: str, *, fold_norms: bool = False
+) -> FrozenModel:
     """Returns the frozen model of a finished stage.
+
+    Args:
+      config: the run's.
+      data: the run's data set.
+      name: of the stage.
+      fold_norms: whether to fold batch norms into the layers before them.
 
     Raises:
       FileNotFoundError: if there is no sound checkpoint of its last step.
-      ValueError: if the checkpoint is one of another model, or the stage is not quantized.
+      ValueError: if the checkpoint is one of another model, the stage is not quantized, or it has
+        no batch norm that can be folded.
     """
     stage, state = finished(config, data, name)
     if stage.quantized is None:
@@ -53,7 +62,7 @@ def freeze_stage(config: RunConfig, data: ImageData, name: str) -> FrozenModel:
             "give another stage's directory"
         )
     sample = jax.ShapeDtypeStruct((1, *data.test_images.shape[1:]), np.float32)
-    return stage.quantized.freeze(state.variables, sample, train=False)
+    return stage.quantized.freeze(state.variables, sample, train=False, fold_norms=fold_norms)
 
 
 def export(
@@ -118,8 +127,7 @@ def load_predictor(path: Path) -> tuple[Predictor, str]:
                 f"`path` must be a file that scripts/export.py wrote, got {path} without "
                 f"{error}: use load_frozen with your own model"
             ) from error
-        predict = jax.jit(lambda frozen, x: frozen.apply(normalize(x, mean, std), train=False))
-        return functools.partial(predict, load_frozen(path, model)), name
+        return predictor(load_frozen(path, model), mean, std), name
     if kind == "stablehlo":
         return _load_stablehlo(path)
     if kind == "onnx":
@@ -127,6 +135,27 @@ def load_predictor(path: Path) -> tuple[Predictor, str]:
     raise ValueError(
         f"`path` must end in one of {', '.join('.' + kind for kind in FORMATS)}, got {path}: "
         "give a file that scripts/export.py wrote"
+    )
+
+
+def predictor(
+    frozen: FrozenModel, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Predictor:
+    """Returns the function of a frozen network, which normalizes the images itself."""
+    predict = jax.jit(lambda frozen, x: frozen.apply(normalize(x, mean, std), train=False))
+    return functools.partial(predict, frozen)
+
+
+def compare(one: Predictor, other: Predictor, images: np.ndarray, batch_size: int = 250) -> str:
+    """Returns in words how far two functions are apart on images: their logits and classes."""
+    largest, same = 0.0, 0
+    for start in tqdm(range(0, len(images), batch_size), "images", unit="batch", leave=False):
+        batch = images[start : start + batch_size]
+        a, b = np.asarray(one(batch)), np.asarray(other(batch))
+        largest = max(largest, float(np.abs(a - b).max()))
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    return (
+        f"{same} of {len(images)} test images in the same class, logits at most {largest:.2g} apart"
     )
 
 

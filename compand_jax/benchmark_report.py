@@ -25,6 +25,12 @@ def benchmark_text(record: Mapping[str, Any]) -> str:
     if record.get("copies"):
         rows = [_copy_row(row) for row in record["copies"]]
         parts.append(_table(_COPY_HEADER, rows))
+    if record.get("frozen"):
+        parts.append(_table(_FROZEN_HEADER, [_frozen_row(row) for row in record["frozen"]]))
+        parts.append(
+            "An evaluation from packed codes. Peak memory: all weights as they lie on the device, "
+            "and the compiled function's temporary memory."
+        )
     if record.get("fit"):
         row = record["fit"]
         parts.append(
@@ -49,6 +55,16 @@ _STEP_HEADER = (
     "images a second",
 )
 _COPY_HEADER = ("`fake_quantize`", "ns a value", "of a copy's time", "spread", "GB a second")
+_FROZEN_HEADER = (
+    "network, batch",
+    "weights",
+    "evaluation (ms)",
+    "ratio",
+    "spread",
+    "weights (MB)",
+    "peak memory (MB)",
+    "images a second",
+)
 _CURVE_HEADER = ("full precision (ms)", "mu-law (ms)", "ratio", "compile time (s)", "mu-law (s)")
 
 
@@ -72,6 +88,19 @@ def _copy_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['ratio']:.2f}",
         f"{row['lowest']:.2f} to {row['highest']:.2f}",
         f"{row['gigabytes_per_second']:.1f}",
+    )
+
+
+def _frozen_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{row['network']}, {row['batch']}",
+        row["method"],
+        f"{1e3 * row['seconds']:.1f}",
+        f"{row['ratio']:.2f}",
+        f"{row['lowest']:.2f} to {row['highest']:.2f}",
+        f"{1e-6 * row['stored_bytes']:.2f}",
+        f"{1e-6 * row['peak_bytes']:.1f}",
+        f"{row['images_per_second']:.0f}",
     )
 
 

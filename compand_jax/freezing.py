@@ -14,6 +14,7 @@ from compand_jax import parametrization as par
 from compand_jax.calls import Call
 from compand_jax.codebooks import Spec, codebook
 from compand_jax.config import QuantConfig
+from compand_jax.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen_model import FrozenModel, make_frozen
 from compand_jax.frozen_tree import (
     KINDS,
@@ -39,6 +40,7 @@ def freeze(
     variables: Mapping[str, Any],
     site: Callable[[str], Site],
     calls: Mapping[str, Call],
+    fold_norms: bool = False,
 ) -> FrozenModel:
     """Returns the frozen model of a quantized model's variables.
 
@@ -49,10 +51,11 @@ def freeze(
       site: Gives what is static about a site.
       calls: Arguments to run the model's methods with, by name, where that tells what a layer
         computes its weight to be; without, it is taken to be the layer's parameter.
+      fold_norms: Whether to fold batch norms into the weights before them.
 
     Raises:
       ValueError: a weight is not finite, not in one of the types that a file holds, or is not
-        known without an input.
+        known without an input; or there is no batch norm to fold.
     """
     compand = variables["compand"]
     tree = nn.meta.unbox({name: tree for name, tree in variables.items() if name != "compand"})
@@ -87,8 +90,11 @@ def freeze(
         own = None if leaf is None else rest.pop(leaf_path(name, leaf))
         weight = jnp.asarray(computed.get(name, own))
         arrays["codes"][name] = _packed_codes(weight, mu, scale, spec)
-        levels, _ = codebook(mu, scale, bits=spec.bits, grid=spec.grid)
-        arrays["levels"][name] = levels.reshape(-1, levels.shape[-1]) if scale.ndim else levels
+        # Several scales have one table, of scale 1: a level of theirs is the same product.
+        table_scale = jnp.ones(()) if scale.ndim else scale
+        arrays["levels"][name], _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
+        if scale.ndim:
+            arrays["scales"][name] = scale
         frozen = FrozenWeight(
             spec.bits,
             spec.grid,
@@ -99,8 +105,59 @@ def freeze(
             own.shape if name in computed and own is not None else None,
         )
         sites[name] = dataclasses.replace(found, weight=frozen)
+    if fold_norms:
+        _fold(sites, arrays, rest, _norms(model, config, tree, calls, sites))
     arrays["variables"] = {join_path(path): value for path, value in rest.items()}
     return make_frozen(model, sites, config.act_site, _signature(calls.get("__call__")), arrays)
+
+
+def _norms(
+    model: nn.Module,
+    config: QuantConfig,
+    variables: dict,
+    calls: Mapping[str, Call],
+    sites: Mapping[str, FrozenSite],
+) -> dict[str, Norm]:
+    """Returns the batch norms to fold, by the site whose weight they are folded into."""
+    norms = {
+        name: norm
+        for name, norm in foldable_norms(model, variables, calls).items()
+        if name in sites
+        and sites[name].weight is not None
+        and (config.act_site == "input" or sites[name].act_bits is None)
+    }
+    if not norms:
+        raise ValueError(
+            "`fold_norms` must find a batch norm that sees a quantized layer's unquantized output "
+            "alone, got none: give freeze the evaluation's arguments, such as x, train=False, or "
+            "leave it out"
+        )
+    return norms
+
+
+def _fold(
+    sites: dict[str, FrozenSite], arrays: Arrays, rest: dict, norms: Mapping[str, Norm]
+) -> None:
+    """Moves batch norms' variables into the scales and biases of the layers before, and shifts."""
+    for name, norm in norms.items():
+        weight = sites[name].weight
+        assert weight is not None
+        scale, bias, mean, var = (
+            np.asarray(rest.pop((collection, *par.site_path(norm.name), leaf), default), np.float64)
+            for (collection, leaf), default in zip(NORM_LEAVES, (1, 0, None, None), strict=True)
+        )
+        factor = scale / np.sqrt(var + norm.epsilon)
+        if not np.all(np.isfinite(np.stack(np.broadcast_arrays(factor, bias, mean)))):
+            raise ValueError(f"`variables` must be finite, batch norm {norm.name!r} is not")
+        shape = weight.scale_shape or (1,) * (len(weight.shape) - 1) + factor.shape
+        own = np.asarray(arrays["scales"].get(name, 1), np.float64)
+        arrays["scales"][name] = (own * factor).astype(np.float32).reshape(shape)
+        arrays["shifts"][name] = (bias - factor * mean).astype(np.float32)
+        path = leaf_path(name, "bias")
+        if path in rest:
+            rest[path] = (np.asarray(rest[path], np.float64) * factor).astype(np.float32)
+        weight = dataclasses.replace(weight, scale_shape=shape, norm=norm.name)
+        sites[name] = dataclasses.replace(sites[name], weight=weight)
 
 
 def _signature(call: Call | None) -> Signature | None:

@@ -131,21 +131,25 @@ def _from_file(
         kind, _, rest = name.partition("/")
         _require(kind in KINDS, f"an array {name[:80]!r} of no known kind")
         arrays[kind][rest] = x
-    with_weight = {name for name, site in sites.items() if site.weight is not None}
+    weights = {name: site.weight for name, site in sites.items() if site.weight is not None}
+    norms = {name: weight.norm for name, weight in weights.items() if weight.norm is not None}
+    _require(len(set(norms.values())) == len(norms), "a batch norm folded into two weights")
     with_act = {name for name, site in sites.items() if site.act_bits is not None}
     for kind, names in (
-        ("codes", with_weight),
-        ("levels", with_weight),
+        ("codes", weights.keys()),
+        ("levels", weights.keys()),
+        ("scales", {name for name, weight in weights.items() if weight.scale_shape}),
+        ("shifts", norms.keys()),
         ("act_levels", with_act),
         ("act_thresholds", with_act),
         ("variables", description["variables"].keys()),
     ):
         _require(arrays[kind].keys() == names, f"other {kind} than described")
+    for name, weight in weights.items():
+        codes, encoding = arrays["codes"][name], described[name]["encoding"]
+        arrays["codes"][name] = _codes(name, weight, codes, encoding)
+        _check_tables(name, weight, arrays)
     for name, site in sites.items():
-        if site.weight is not None:
-            codes, encoding = arrays["codes"][name], described[name]["encoding"]
-            arrays["codes"][name] = _codes(name, site.weight, codes, encoding)
-            _check_tables(name, site.weight, arrays["levels"][name])
         if site.act_bits is not None:
             _check_codebook(name, site, arrays["act_levels"][name], arrays["act_thresholds"][name])
     arrays["variables"] = _variables(description["variables"], arrays["variables"])
@@ -170,18 +174,19 @@ def _weight(name: str, fields: Any) -> FrozenWeight:
     _check_bits(name, fields["bits"], True, fields["grid"])
     _require(fields["dtype"] in WEIGHT_TYPES, f"an unknown type of weight {name!r}")
     _require(fields["leaf"] in (None, *WEIGHT_NAMES), f"an unknown parameter of site {name!r}")
+    _require(fields["norm"] is None or isinstance(fields["norm"], str), f"no norm of site {name!r}")
     shapes = {}
-    for key in ("shape", "table_shape", "leaf_shape"):
+    for key in ("shape", "scale_shape", "leaf_shape"):
         shape = fields[key]
         optional = key == "leaf_shape" and shape is None
         _require(optional or is_shape(shape), f"no {key} of weight {name!r}")
         shapes[key] = tuple(shape or ()) if not optional else None
     weight = FrozenWeight(**(fields | shapes))
-    stacked = len(weight.shape) - len(weight.table_shape)
+    stacked = len(weight.shape) - len(weight.scale_shape)
     fits = stacked >= 0 and all(
-        n in (1, size) for n, size in zip(weight.table_shape, weight.shape[stacked:], strict=True)
+        n in (1, size) for n, size in zip(weight.scale_shape, weight.shape[stacked:], strict=True)
     )
-    _require(fits or not weight.table_shape, f"tables of another shape than weight {name!r}")
+    _require(fits or not weight.scale_shape, f"scales of another shape than weight {name!r}")
     return weight
 
 
@@ -222,10 +227,14 @@ def _inflated(name: str, codes: np.ndarray, count: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-def _check_tables(name: str, weight: FrozenWeight, levels: np.ndarray) -> None:
-    tables = (math.prod(weight.table_shape),) if weight.table_shape else ()
-    _require(levels.shape == (*tables, weight.levels), f"tables of another size in site {name!r}")
+def _check_tables(name: str, weight: FrozenWeight, arrays: Arrays) -> None:
+    levels = arrays["levels"][name]
+    _require(levels.shape == (weight.levels,), f"a table of another size in site {name!r}")
     _check_ascending(name, levels)
+    for kind, shape in (("scales", weight.scale_shape), ("shifts", weight.shape[-1:])):
+        if (x := arrays[kind].get(name)) is not None:
+            _require(x.shape == shape, f"{kind} of another shape in site {name!r}")
+            _check_finite(name, kind, x)
 
 
 def _check_codebook(
@@ -245,10 +254,14 @@ def _check_codebook(
 
 
 def _check_ascending(name: str, table: np.ndarray) -> None:
-    finite = table.dtype == np.float32 and np.all(np.isfinite(table))
-    _require(finite, f"a table that is not finite float32 in site {name!r}")
+    _check_finite(name, "a table", table)
     ascending = np.all(np.diff(table, axis=-1) >= 0)
     _require(ascending, f"a table that is not in ascending order in site {name!r}")
+
+
+def _check_finite(name: str, what: str, x: np.ndarray) -> None:
+    finite = x.dtype == np.float32 and np.all(np.isfinite(x))
+    _require(finite, f"{what} not of finite float32 in site {name!r}")
 
 
 def _variables(types: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from flax.core import FrozenDict
 from jaxtyping import Array
 
+from compand_jax.folded_norms import NORM_LEAVES, shift_norms
 from compand_jax.frozen_description import from_file, to_file
 from compand_jax.frozen_file import read_sealed, write_sealed, wrong_file
 from compand_jax.frozen_summary import summarize_frozen
@@ -35,7 +36,7 @@ from compand_jax.packing import (
     nearest_level,
     unpack,
 )
-from compand_jax.parametrization import get_leaf, set_leaf
+from compand_jax.parametrization import get_leaf, set_leaf, site_path
 
 
 @functools.partial(
@@ -90,7 +91,7 @@ class FrozenModel:
         """
         variables = self.variables(dense=True)
         visitor = _Expander(self, variables, dense=True)
-        with intercept_layers(self.model, visitor) as model:
+        with intercept_layers(self.model, visitor) as model, shift_norms(self.shifts()):
             return model.apply(variables, *args, **kwargs)
 
     def variables(self, *, dense: bool = False) -> dict[str, Any]:
@@ -140,11 +141,16 @@ class FrozenModel:
         """Returns the levels of a site's codes, or of those of one layer of a stack."""
         weight = self.sites[site].weight
         assert weight is not None
-        shape = weight.table_shape
-        if shape:
-            shape = (1,) * (codes.ndim - len(shape)) + shape
-        levels = self.arrays["levels"][site].reshape(*shape, -1)
-        return expand(codes, levels, selections=selections).astype(weight.dtype)
+        values = expand(codes, self.arrays["levels"][site], selections=selections)
+        if weight.scale_shape:
+            shape = (1,) * (codes.ndim - len(weight.scale_shape)) + weight.scale_shape
+            values *= self.arrays["scales"][site].reshape(shape)
+        return values.astype(weight.dtype)
+
+    def shifts(self) -> dict[str, Array]:
+        """Returns what is added in the place of every batch norm that is folded, by its name."""
+        norms = {name: site.weight.norm for name, site in self.sites.items() if site.weight}
+        return {norm: self.arrays["shifts"][name] for name, norm in norms.items() if norm}
 
     def summary(self) -> str:
         """Returns a table of sizes: a row per weight, one for what is in full precision, and all.
@@ -225,7 +231,12 @@ def _check_model(path: str | Path, frozen: FrozenModel) -> None:
             f"inputs {signature.inputs}: {text}"
         ) from error
     own = {path: leaf.shape for path, leaf in flatten(variables)}
-    got = {path: leaf.shape for path, leaf in flatten(jax.eval_shape(frozen.variables))}
+    found = jax.eval_shape(lambda: _with_all(frozen, frozen.variables()))
+    got = {path: leaf.shape for path, leaf in flatten(found)}
+    for name in frozen.shifts():  # it may have had no scale or bias
+        for leaf in ("scale", "bias"):
+            if ("params", *site_path(name), leaf) not in own:
+                del got["params", *site_path(name), leaf]
     for name in sorted(own.keys() | got.keys()):
         if own.get(name) != got.get(name):
             raise ValueError(
@@ -241,22 +252,28 @@ def _run(frozen: FrozenModel, traced: list, structure: Any, is_array: tuple, sta
     args, kwargs = jax.tree.unflatten(structure, leaves)
     variables = frozen.variables()
     mutable = kwargs.pop("mutable", False)
-    runs = layers_run(frozen.model, _with_kernels(frozen, variables), args, mutable, kwargs)
+    runs = layers_run(frozen.model, _with_all(frozen, variables), args, mutable, kwargs)
     visitor = _Expander(frozen, variables)
-    with intercept_layers(frozen.model, visitor) as model:
+    with intercept_layers(frozen.model, visitor) as model, shift_norms(frozen.shifts()):
         output = model.apply(variables, *args, mutable=mutable, **kwargs)
     require_reached(runs, visitor.visited)
     return output
 
 
-def _with_kernels(frozen: FrozenModel, variables: dict) -> dict:
-    """Returns the variables with kernels of their own type, for what looks at types alone."""
+def _with_all(frozen: FrozenModel, variables: dict) -> dict:
+    """Returns the variables with kernels of their own type and with the batch norms' variables.
+
+    For what looks at shapes and types alone.
+    """
     kernels = jax.tree.map(lambda x: x, variables)
     for site, found in frozen.sites.items():
         if found.weight is not None and found.weight.leaf is not None:
             path = leaf_path(site, found.weight.leaf)
             shape = get_leaf(variables, path).shape
             set_leaf(kernels, path, jnp.zeros(shape, found.weight.dtype))
+    for name, shift in frozen.shifts().items():
+        for collection, leaf in NORM_LEAVES:
+            set_leaf(kernels, (collection, *site_path(name), leaf), shift)
     return kernels
 
 

@@ -40,11 +40,12 @@ def summarize_frozen(sites: Mapping[str, FrozenSite], arrays: Arrays) -> str:
         packed = host["codes"][name]
         bits = entropy(np.asarray(unpack(jnp.asarray(packed), weight.bits, weight.shape)))
         count = math.prod(weight.shape)
-        sizes = packed.nbytes, host["levels"][name].nbytes, math.ceil(count * bits / 8), 4 * count
+        tables = host["levels"][name].nbytes + (4 * math.prod(weight.scale_shape or (0,)))
+        sizes = packed.nbytes, tables, math.ceil(count * bits / 8), 4 * count
         totals += sizes
         shape = "x".join(map(str, weight.shape))
         rows.append(_row(name or "(model)", shape, weight.bits, bits, sizes))
-    rest = sum(x.nbytes for x in host["variables"].values())
+    rest = sum(x.nbytes for kind in ("variables", "shifts") for x in host[kind].values())
     books = sum(x.nbytes for kind in ("act_levels", "act_thresholds") for x in host[kind].values())
     whole = tuple(totals + np.array([rest, books, rest, rest]))
     return align([

@@ -19,21 +19,23 @@ class FrozenWeight:
       grid: "midtread" or "midrise": 2^bits - 1 or 2^bits levels.
       shape: Of the codes: the weight's, stacked as scan or vmap stack it.
       dtype: Of the weight that the layer multiplies.
-      table_shape: Of the tables: () for one, else the weight's shape, with 1 along the axes that
-        share one.
+      scale_shape: Of what the table's levels are multiplied with: () for nothing, else the
+        weight's shape, with 1 along the axes that share a scale.
       leaf: Name of the parameter whose place the codes take, "kernel" or "embedding"; None where
         the module has none.
       leaf_shape: Of that parameter, where the weight is computed from it (WeightNorm); None where
         the weight is that parameter.
+      norm: Name of the batch norm that is folded into the weight, if one is.
     """
 
     bits: int
     grid: str
     shape: tuple[int, ...]
     dtype: str
-    table_shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
     leaf: str | None
     leaf_shape: tuple[int, ...] | None = None
+    norm: str | None = None
 
     @property
     def computed(self) -> bool:
@@ -73,7 +75,9 @@ Arrays = dict[str, dict[str, Any]]
 """The arrays of a frozen model, by kind and name.
 
     codes           site -> uint8 [bytes], packed
-    levels          site -> float32 [levels] or [channels, levels], ascending
+    levels          site -> float32 [levels], ascending
+    scales          site -> float32, what the levels are multiplied with, in the weight's rank
+    shifts          site -> float32 [features], what is left of a folded batch norm
     act_levels      site -> float32 [levels], ascending
     act_thresholds  site -> float32 [levels - 1], between them
     variables       path -> what stays in full precision, the path joined by `join_path`
@@ -84,7 +88,7 @@ TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")
 
 WEIGHT_TYPES = TYPES[:3]
 
-KINDS = ("codes", "levels", "act_levels", "act_thresholds", "variables")
+KINDS = ("codes", "levels", "scales", "shifts", "act_levels", "act_thresholds", "variables")
 
 
 def join_path(path: tuple[str, ...]) -> str:

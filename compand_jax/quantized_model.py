@@ -244,7 +244,13 @@ class QuantizedModel:
             result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
         return qmodel, result
 
-    def freeze(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> FrozenModel:
+    def freeze(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        fold_norms: bool = False,
+        **kwargs: Any,
+    ) -> FrozenModel:
         """Returns the model for inference alone: packed codes and tables instead of kernels.
 
         A layer that computes its weight from its parameters (WeightNorm) is frozen with what it
@@ -254,20 +260,25 @@ class QuantizedModel:
         Args:
           variables: As `apply`'s.
           *args: Arguments of the model, of which only shapes count.
-          **kwargs: Further ones, such as `train=False`.
+          fold_norms: Whether to fold every batch norm that sees nothing but a quantized layer's
+            float32 output: its factor goes into the weight's scales, an addition is left of it.
+            The model then runs in evaluation alone.
+          **kwargs: Further arguments of the model, such as `train=False`.
 
         Returns:
           A `FrozenModel`, whose `apply(*args, **kwargs)` returns what this model's jitted `apply`
-          returns on the same backend, to the last bit.
+          returns on the same backend, to the last bit. With `fold_norms` to rounding, which can
+          flip an activation's code.
 
         Raises:
           ValueError: "compand" is missing, or a weight is not finite, in float64, or differs
-            between the layers of a stack that compute it from their parameters.
+            between the layers of a stack that compute it from their parameters; or no batch norm
+            can be folded.
         """
         _compand(variables)
         given = {kwargs.pop("method", "__call__"): abstract_call(args, kwargs)} if args else {}
         calls = given or remembered_calls(self.model)
-        return freeze(self.model, self.config, variables, self.site, calls)
+        return freeze(self.model, self.config, variables, self.site, calls, fold_norms)
 
     def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """Returns {site: {"weight_mu", "weight_scale", "act_mu", "act_scale"}}.

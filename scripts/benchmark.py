@@ -22,11 +22,13 @@ from compand_jax.benchmark import (
     make_network,
     quantized,
 )
+from compand_jax.benchmark_frozen import FROZEN, compare_frozen
 from compand_jax.benchmark_report import CURVES, benchmark_text, plot_curves
 from compand_jax.config import QuantConfig
 from compand_jax.run_directory import provenance, write_json, write_text
 
-_PARTS = ("steps", "copies", "fit", *CURVES)
+_PARTS = ("steps", "copies", "frozen", "fit", *CURVES)
+_FROZEN = (("vgg19", 16), ("alexnet", 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Args:
     (which needs the extra `bench`). Full precision is always measured."""
     parts: tuple[str, ...] = _PARTS
     """What is measured: steps (the table of networks and methods), copies (fake_quantize against a
-    copy), fit (an epoch), and the curves bits, batch, width and depth."""
+    copy), frozen (VGG19 and AlexNet evaluated from packed codes), fit (an epoch), and the curves
+    bits, batch, width and depth."""
     repetitions: int = 7
     """Timed runs of each step, in turns."""
     size: int = 8_000_000
@@ -92,8 +95,11 @@ def measure(options: Args, methods: list[str]) -> dict:
     repeats = {name: 0 if name == "depth" else options.repetitions for name in curves}
     total = sum(2 * len(points) * (2 + repeats[name]) for name, points in curves.items())
     total += len(pairs) * len(methods) * (2 + options.repetitions) * ("steps" in options.parts)
+    frozen = [pair for pair in _FROZEN if "frozen" in options.parts]
+    frozen = frozen[-1:] if options.quick else frozen
+    total += len(frozen) * len(FROZEN) * (2 + options.repetitions)
     config = {**dataclasses.asdict(options), "record_dir": None, "methods": methods}
-    record = {"config": config, "steps": [], "curves": {}}
+    record = {"config": config, "steps": [], "frozen": [], "curves": {}}
     with tqdm(total=total, desc="benchmark", mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
         if "copies" in options.parts:
             record["copies"] = compare_with_copy(options.size, 3 * options.repetitions)
@@ -102,6 +108,8 @@ def measure(options: Args, methods: list[str]) -> dict:
                 record["steps"] += compare_methods(
                     network, batch, methods, options.repetitions, bar.update
                 )
+        for network, batch in frozen:
+            record["frozen"] += compare_frozen(network, batch, options.repetitions, bar.update)
         if "fit" in options.parts:
             network, batch = pairs[0]
             record["fit"] = compare_fit(network, batch, 4 * options.repetitions, 4)

@@ -1,5 +1,7 @@
 """A run's quantized network, exported and evaluated by the scripts."""
 
+import re
+
 import evaluate
 import export
 import pytest
@@ -42,6 +44,19 @@ def test_export_and_evaluate(call, finished_run):  # noqa: F811
     status, out, _ = call(export, finished_run / "uniform", "--format", "stablehlo")
     assert status == 0
     assert (finished_run / "uniform" / "uniform.stablehlo").is_file()
+    folded = finished_run / "folded.safetensors"
+    status, out, _ = call(export, finished_run, "--fold-norms", "--output", folded)
+    assert status == 0
+    difference = r"19 of 19 test images in the same class, logits at most (\S+) apart"
+    found = re.search(rf"\n1 of its batch norms folded, against none: {difference}\n", out)
+    assert float(found[1]) < 1e-4
+    status, out, _ = call(evaluate, path, "--against", folded, "--images", 5)
+    assert status == 0
+    assert re.fullmatch(rf"{path.name}: .*/5 = .*\n{folded}: 5 of 5 test images in .*\n", out)
+    text = error_of(call(evaluate, path, "--images", "0"))
+    assert re.fullmatch(r"`images` must be from 1 to \d+, got 0", text)
+    text = error_of(call(evaluate, finished_run, "--images", "5"))
+    assert text.startswith("`images` goes with a file that export.py wrote, got")
     text = error_of(call(export, finished_run / "full_precision"))
     assert text.startswith("`run_dir` must have a finished quantized stage, got")
     text = error_of(call(export, finished_run, "--output", "x.bin"))

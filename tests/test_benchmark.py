@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import update_readme
 
-from compand_jax import benchmark
+from compand_jax import benchmark, benchmark_frozen
 from compand_jax.benchmark import FULL, METHODS, MU_LAW, QWIX
+from compand_jax.benchmark_frozen import compare_frozen
 from compand_jax.benchmark_report import CURVES, benchmark_text, plot_curves
 
 STEP = {
@@ -51,6 +52,21 @@ RECORD = {
             "ratio": 1.25,
             "lowest": 1.0,
             "highest": 1.5,
+        }
+    ],
+    "frozen": [
+        {
+            "network": "net",
+            "batch": 8,
+            "method": "frozen mu-law W4",
+            "seconds": 0.25,
+            "images_per_second": 32.0,
+            "ratio": 1.25,
+            "lowest": 1.0,
+            "highest": 1.5,
+            "stored_bytes": 10_110_000,
+            "temp_bytes": 19_240_000,
+            "peak_bytes": 29_380_000,
         }
     ],
     "fit": {
@@ -93,6 +109,20 @@ def test_rows_of_a_small_network():
     assert set(rows[1]) == set(STEP)
 
 
+def test_rows_of_a_frozen_network(monkeypatch):
+    monkeypatch.delitem(benchmark_frozen.FROZEN, "frozen mu-law W4A4")  # to compile less
+    advanced = []
+    with jax.numpy_dtype_promotion("standard"):
+        rows = compare_frozen("plain-4", 2, 1, advance=lambda: advanced.append(1))
+    assert [row["method"] for row in rows] == [FULL, "frozen mu-law W4"]
+    assert len(advanced) == 2 + 2 * 2
+    assert set(rows[1]) == set(RECORD["frozen"][0])
+    assert rows[0]["ratio"] == 1
+    for row in rows[1:]:
+        assert row["stored_bytes"] < rows[0]["stored_bytes"] / 6.5
+        assert row["peak_bytes"] == row["stored_bytes"] + row["temp_bytes"]
+
+
 def test_rows_of_the_quantizers():
     rows = benchmark.compare_with_copy(1000, 2)
     assert [row["quantizer"] for row in rows][:2] == ["copy", "4 bits"]
@@ -113,13 +143,14 @@ def test_text_has_every_part():
     for row in (
         "| net, 8 | mu-law W4A4 | 250.0 | 1.25 | 1.00 to 1.50 | 1.05 | 1.50 (3.0 s) | 32 |",
         "| 4 bits | 0.500 | 1.25 | 1.00 to 1.50 | 16.0 |",
+        "| net, 8 | frozen mu-law W4 | 250.0 | 1.25 | 1.00 to 1.50 | 10.11 | 29.4 | 32 |",
         "97 images a second, 0.97 of its bare step's 100",
         "| 2 | 500.0 | 750.0 | 1.50 | 3.0 | 4.0 |",
         "| 2 | - | - | - | 3.0 | 4.0 |",
         "jax 9.9; 1 x chip; today.",
     ):
         assert row in text
-    assert benchmark_text(RECORD | {"copies": [], "fit": None, "curves": {}}) != text
+    assert benchmark_text(RECORD | {"copies": [], "frozen": [], "fit": None, "curves": {}}) != text
 
 
 def test_plot(tmp_path):
@@ -141,6 +172,7 @@ def test_script_measures_and_records(tmp_path, monkeypatch, capsys):
     for name, value in (
         ("compare_methods", [STEP]),
         ("compare_with_copy", RECORD["copies"]),
+        ("compare_frozen", RECORD["frozen"]),
         ("compare_fit", RECORD["fit"]),
         ("cost_curve", [POINT]),
     ):

@@ -88,10 +88,9 @@ def test_read_with_numpy_and_json_alone(made):
         stream = np.unpackbits(array(f"codes/{site}"), bitorder="little")[: count * bits]
         codes = stream.reshape(count, bits) @ (1 << np.arange(bits))
         codes = codes.reshape(weight["shape"])
-        tables = array(f"levels/{site}").reshape(*weight["table_shape"], -1)
-        tables = np.broadcast_to(tables, (*codes.shape, tables.shape[-1]))
-        levels = np.take_along_axis(tables, codes[..., None], -1)[..., 0]
-        np.testing.assert_array_equal(levels, frozen.weight(site))
+        assert weight["scale_shape"] == [1, weight["shape"][-1]]
+        values = array(f"levels/{site}")[codes] * array(f"scales/{site}")
+        np.testing.assert_array_equal(values, frozen.weight(site))
     bias = array("variables/params/first/bias")
     np.testing.assert_array_equal(bias, frozen.arrays["variables"]["params/first/bias"])
 
@@ -165,12 +164,12 @@ def rename_version(header, *_):
     header["__metadata__"]["version"] = "2"
 
 
-def other_shape(_, description, __):
-    description["sites"]["first"]["weight"]["shape"] = [4, 7]
+def longer(_, description, __):
+    description["sites"]["first"]["weight"]["shape"] = [10, 6]
 
 
 def transposed(_, description, __):
-    description["sites"]["first"]["weight"]["shape"] = [6, 4]
+    description["sites"]["first"]["weight"]["shape"] = [6, 4]  # of as many codes
 
 
 def code_out_of_range(_, __, array):
@@ -179,11 +178,19 @@ def code_out_of_range(_, __, array):
 
 def descending(_, __, array):
     table = array("levels/first")
-    table[0] = table[0][::-1].copy()
+    table[:] = table[::-1].copy()
 
 
 def not_finite(_, __, array):
-    array("levels/second")[0, 0] = np.nan
+    array("levels/second")[0] = np.nan
+
+
+def infinite_scale(_, __, array):
+    array("scales/first")[0, 3] = np.inf
+
+
+def other_norm(_, description, __):
+    description["sites"]["first"]["weight"]["norm"] = "norm"
 
 
 def thresholds_outside(_, __, array):
@@ -196,11 +203,14 @@ def nested(header, *_):
 
 EDITS = {
     "of version 1 of the format, got .* of version '2': read it with": rename_version,
-    "12 bytes|9 bytes, not 11, of site 'first'|tables of another shape": other_shape,
-    "tables of another shape than weight 'first'": transposed,
+    "scales of another shape than weight 'first'": transposed,
+    "scales not of finite float32 in site 'first'": infinite_scale,
+    "other shifts than described": other_norm,
+    "no norm of site 'first'": lambda h, d, a: d["sites"]["first"]["weight"].update(norm=["x"]),
+    "9 bytes, not 23, of site 'first'": longer,
     "a code out of range in site 'first'": code_out_of_range,
     "a table that is not in ascending order in site 'first'": descending,
-    "a table that is not finite float32 in site 'second'": not_finite,
+    "a table not of finite float32 in site 'second'": not_finite,
     "thresholds that are not between the levels in site 'first'": thresholds_outside,
     "other fields of site": lambda h, d, a: d["sites"]["first"].pop("act_bits"),
     "no bits or grid of site 'first'": lambda h, d, a: d["sites"]["first"]["weight"].update(
