@@ -12,6 +12,7 @@ would differ only in how the table is made.
 """
 
 import functools
+import math
 import numbers
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ ONE_BIT_REMEDY = "grid='midrise' or signed=False"
 
 # Up to so many thresholds comparing with each is cheaper than finding out which one matters.
 _MAX_COMPARISONS = 15
+# And so it is where each of many tables serves no more values than this: finding out needs
+# another table for each.
+_FEW_VALUES = 2**13
 
 
 class Spec(NamedTuple):
@@ -141,7 +145,7 @@ def positions(spec: Spec) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(spec.steps + 1) / spec.steps, (np.arange(spec.steps) + 0.5) / spec.steps
 
 
-def expand_positions(y: Any, mu: Array, scale: Array) -> Array:
+def _expand_positions(y: Any, mu: Array, scale: Array) -> Array:
     """Returns c G(y) along a new last axis behind the broadcast shape of mu and scale."""
     ndim = max(mu.ndim, scale.ndim)
     y = jnp.asarray(y, mu.dtype).reshape((1,) * ndim + (-1,))
@@ -149,10 +153,12 @@ def expand_positions(y: Any, mu: Array, scale: Array) -> Array:
     return scale * jnp.where(y == 1, 1, mu_law_expand(y, mu))
 
 
+@functools.partial(jax.jit, static_argnums=2)  # so that it is traced once, for all sites
 def half_table(mu: Array, scale: Array, spec: Spec) -> tuple[Array, Array]:
     """Returns the levels at x >= 0 and the thresholds above 0."""
     levels, thresholds = positions(spec)
-    return expand_positions(levels, mu, scale), expand_positions(thresholds, mu, scale)
+    table = _expand_positions(np.concatenate([levels, thresholds]), mu, scale)
+    return table[..., : len(levels)], table[..., len(levels) :]
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -170,8 +176,10 @@ def _codebook(mu: Array, scale: Array, spec: Spec) -> tuple[Array, Array]:
 
 def look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec) -> Array:
     """Returns the table's entry for the number of thresholds that each magnitude lies beyond."""
-    thresholds = expand_positions(positions(spec)[1], mu, scale)
-    if thresholds.shape[-1] <= _MAX_COMPARISONS:
+    _, thresholds = half_table(mu, scale, spec)
+    tables = math.prod(thresholds.shape[:-1])
+    few_values = thresholds.ndim > 1 and magnitude.size <= _FEW_VALUES * tables
+    if thresholds.shape[-1] <= _MAX_COMPARISONS or few_values:
         return _compare_all(magnitude, thresholds, table, spec)
     return _compare_one(magnitude, mu, scale, thresholds, table, spec)
 

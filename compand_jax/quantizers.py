@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
@@ -28,13 +27,13 @@ from compand_jax.codebooks import (
     Spec,
     check_parameters,
     check_spec,
-    expand_positions,
     half_table,
     look_up,
     positions,
     take,
 )
 from compand_jax.companding import compute_dtype, log1p_ratio, power_series
+from compand_jax.sums import sum_both
 
 GRADIENTS = ("identity", "chain")
 
@@ -164,7 +163,7 @@ def fake_quantize(
     spec = check_spec(bits, signed, grid)
     if gradient not in GRADIENTS:
         raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-    return _fake_quantize(*_check_operands(x, mu, scale), spec, gradient == "chain")
+    return _straight_through(*_check_operands(x, mu, scale), spec, gradient == "chain")
 
 
 def _check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Array, Array, Array]:
@@ -213,6 +212,11 @@ def _dequantize(codes: Array, mu: Array, scale: Array, spec: Spec, dtype: Any) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -> Array:
+    return _nearest_level(x, mu, scale, spec)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
     level = look_up(_magnitude(wide, spec), mu, scale, levels, spec)
@@ -224,15 +228,21 @@ def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
 def _straight_through_fwd(
     x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
 ) -> tuple[Array, tuple]:
-    return _straight_through(x, mu, scale, spec, chain), (x, mu, scale)
+    return _nearest_level(x, mu, scale, spec), (x, mu, scale)
 
 
 def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
-    x, mu, scale = residuals
+    return _pull_back(*residuals, cotangent, spec, chain)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _pull_back(
+    x: Array, mu: Array, scale: Array, cotangent: Array, spec: Spec, chain: bool
+) -> tuple[Array, Array, Array]:
     g = cotangent.astype(mu.dtype)
     wide = x.astype(mu.dtype)
     magnitude = _magnitude(wide, spec)
-    table = expand_positions(positions(spec)[0], mu, jnp.ones_like(scale))
+    table, _ = half_table(mu, jnp.ones_like(scale), spec)
     v = jnp.minimum(magnitude / scale, 1)
     v_q = look_up(magnitude, mu, scale, table, spec)
 
@@ -243,11 +253,10 @@ def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: 
     signed_g = jnp.where(wide < 0, -g, g)
     dmu = signed_g * scale * _level_slope_in_mu(v, v_q, mu, spec)
     dscale = signed_g * jnp.where(inside, v_q - v, v_q)
-    return dx, *_sum_both(dmu, dscale, mu.shape, scale.shape)
+    return dx, *sum_both(dmu, dscale, mu.shape, scale.shape)
 
 
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
-_fake_quantize = jax.jit(_straight_through, static_argnums=(3, 4))
 
 
 def _level_slope_in_mu(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
@@ -293,36 +302,10 @@ def _terms_needed(term: Callable[[int], float]) -> int:
     return next(n for n in range(1, 99) if term(n) < 2.0**-24)
 
 
+@jax.jit  # so that it is traced once, for all sites
 def _one_minus_q_over_mu(mu: Array) -> Array:
     """Returns (1 - q(mu))/mu = (mu - log1p(mu))/mu^2, 1/2 at mu = 0."""
     near = mu < 0.2
     safe = jnp.where(near, 1, mu)
     series = power_series(mu, tuple((-1.0) ** n / (n + 2) for n in range(12)))
     return jnp.where(near, series, (1 - log1p_ratio(safe)) / safe)
-
-
-def _sum_both(a: Array, b: Array, a_shape: tuple, b_shape: tuple) -> tuple[Array, Array]:
-    """Returns a and b, each summed to the shape that was broadcast to theirs.
-
-    One reduction for both: XLA computes what their operands have in common once. Two sums cost
-    seven times the input in temporary memory, and twice the time.
-    """
-    axes = tuple(
-        i for i in range(a.ndim) if all(not shape or shape[i] == 1 for shape in (a_shape, b_shape))
-    )
-    if jax.default_backend() == "cpu":
-        # XLA's CPU backend adds complex numbers in vectors, but pairs of numbers one by one.
-        both = jnp.sum(lax.complex(a, b), axes)
-        sums = both.real, both.imag
-    else:
-        zero = jnp.zeros((), a.dtype)
-        sums = lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
-    a_sum, b_sum = (jnp.expand_dims(x, axes) for x in sums)
-    return _sum_to(a_sum, a_shape), _sum_to(b_sum, b_shape)
-
-
-def _sum_to(x: Array, shape: tuple) -> Array:
-    if not shape:
-        return jnp.sum(x)
-    axes = tuple(i for i, n in enumerate(shape) if n == 1)
-    return jnp.sum(x, axes, keepdims=True)

@@ -230,6 +230,19 @@ def test_small_map_convolution_under_transformations(wrap):
 
 
 @pytest.mark.quick
+def test_operands_of_a_small_map_convolution_are_made_once():
+    x, kernel = operands((3, 2, 2, 5), (3, 3, 5, 4))
+
+    def clipped(x, kernel):
+        x, kernel = (jnp.where(a > 1, 1, a) for a in (x, kernel))
+        return conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+
+    text = jax.jit(clipped).lower(x, kernel).compile().as_text()
+    assert text is not None
+    assert text.count(" compare(") == 2
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("kernel", "kwargs"),
     [

@@ -275,6 +275,14 @@ def test_channels_are_quantized_each_with_its_own(case):
         np.testing.assert_allclose(thresholds[0, 0, channel], table[1], rtol=2e-6)
 
 
+def test_few_values_of_a_channel_are_looked_up_as_many_are():
+    few = jax.random.normal(jax.random.key(0), (64, 3))
+    many = jnp.tile(few, (2**13 // 64 + 1, 1))
+    mu, scale = jnp.array([[0.0, 2.0, 255.0]]), jnp.array([[1.0, 2.0, 3.0]])
+    found = [np.asarray(cj.fake_quantize(x, mu, scale, bits=8)) for x in (few, many)]
+    np.testing.assert_array_equal(found[0], found[1][:64])
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e-6, 3e4, 1e20])
 @pytest.mark.parametrize("case", FEW)
 def test_any_scale_gives_the_codes_of_the_unit_scale(case, scale):

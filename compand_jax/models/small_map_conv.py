@@ -7,11 +7,14 @@ in AlexNet's second, 10 to 50 times slower than the same sums as matrix products
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from compand_jax.models.strided_conv import Pad, strided_conv
 
@@ -77,18 +80,30 @@ def conv_general_dilated(
 
 
 def _products(lhs: Array, rhs: Array, rows: Pad, columns: Pad, precision: Any) -> Array:
-    """Returns the convolution of stride 1, every output pixel as one matrix product."""
+    """Returns the convolution of stride 1, every output pixel as one matrix product.
+
+    XLA would compute what makes an operand anew in each of the products that read a part of it, an
+    optimization barrier notwithstanding: where that is a quantizer, a fifth of AlexNet's step went
+    there. What is called and not inlined has its operands in buffers.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return _pixel_products(lhs, rhs, rows, columns, precision)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _pixel_products(lhs: Array, rhs: Array, rows: Pad, columns: Pad, precision: Any) -> Array:
     reached_rows, reached_columns = (
         _reaches(size, taps, *pad)
         for size, taps, pad in zip(lhs.shape[1:3], rhs.shape[:2], (rows, columns), strict=True)
     )
-    pixels = [
-        jnp.einsum("bhwi,hwio->bo", lhs[:, y, x], rhs[v, u], precision=precision)
-        for y, v in reached_rows
-        for x, u in reached_columns
-    ]
-    shape = (lhs.shape[0], len(reached_rows), len(reached_columns), -1)
-    return jnp.stack(pixels, axis=1).reshape(shape)
+    with set_xla_metadata(inlineable=None):  # what is called in turn is inlined
+        pixels = [
+            jnp.einsum("bhwi,hwio->bo", lhs[:, y, x], rhs[v, u], precision=precision)
+            for y, v in reached_rows
+            for x, u in reached_columns
+        ]
+        shape = (lhs.shape[0], len(reached_rows), len(reached_columns), -1)
+        return jnp.stack(pixels, axis=1).reshape(shape)
 
 
 def _is_plain(
