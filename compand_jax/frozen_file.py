@@ -50,7 +50,7 @@ def write_sealed(path: str | Path, description: dict[str, Any], arrays: dict[str
         "description": json.dumps(description, allow_nan=False, separators=(",", ":")),
         "sha256": _ZEROS.decode(),
     }
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     data = safetensors.numpy.save(contiguous, metadata)
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
+from jax import lax
 from jaxtyping import Array
 
 from compand_jax.folded_norms import NORM_LEAVES, shift_norms
@@ -130,7 +131,7 @@ class FrozenModel:
         Raises:
           ValueError: the site's weight is in full precision.
         """
-        weight = self.sites[site].weight
+        weight = self.sites.get(site, FrozenSite()).weight
         if weight is None:
             raise ValueError(f"`site` must have a quantized weight, got {site!r} without one")
         packed = _after(after, self.arrays["codes"][site])
@@ -334,7 +335,7 @@ def _after(x: Array | None, codes: Array) -> Array:
     Its own means, `optimization_barrier`, is gone when the CPU backend orders operations. So the
     codes are combined with a zero of which only x tells that it is one.
     """
-    return codes if x is None or x.size == 0 else _with_zero(x, codes)
+    return codes if x is None or x.size == 0 else _with_zero(lax.stop_gradient(x), codes)
 
 
 @jax.custom_batching.custom_vmap

@@ -65,6 +65,23 @@ def test_saved_and_loaded(made, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["again.safetensors"]
 
 
+class Scaled(nn.Module):
+    """A layer, and a parameter without axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="dense")(x) * self.param("scale", nn.initializers.ones, ())
+
+
+def test_a_parameter_without_axes(tmp_path):
+    qmodel, x = cj.quantize_model(Scaled(), cj.QuantConfig()), normal(*X)
+    frozen = qmodel.freeze(drawn(qmodel, x), x)
+    frozen.save(tmp_path / "scaled.safetensors")
+    loaded = cj.load_frozen(tmp_path / "scaled.safetensors", Scaled())
+    assert loaded.arrays["variables"]["params/scale"].shape == ()
+    np.testing.assert_array_equal(loaded.apply(x), frozen.apply(x))
+
+
 def test_read_with_numpy_and_json_alone(made):
     """As the README describes the format."""
     path, frozen, _ = made

@@ -83,7 +83,20 @@ def test_networks_are_bit_identical(name):
 
 
 def test_many_levels_of_activations():
-    assert_frozen_equals(NormedNet(), cj.QuantConfig(weight_bits=8, act_bits=8), normal(64, 4))
+    _, _, frozen = assert_frozen_equals(
+        NormedNet(), cj.QuantConfig(weight_bits=8, act_bits=8), normal(64, 4)
+    )
+    with pytest.raises(ValueError, match="`site` must have a quantized weight, got 'none' without"):
+        frozen.weight("none")
+
+
+@pytest.mark.quick
+def test_the_gradient_to_the_input_is_that_of_the_weights():
+    qmodel, x = cj.quantize_model(nn.Dense(3), cj.QuantConfig(act_bits=None)), normal(2, 4)
+    frozen = qmodel.freeze(drawn(qmodel, x))
+    gradient = jax.grad(lambda x: frozen.apply(x)[0].sum())(x)
+    np.testing.assert_allclose(gradient[0], frozen.weight("").sum(1), rtol=1e-6)
+    assert not gradient[1].any()
 
 
 @pytest.mark.quick
