@@ -17,11 +17,13 @@ CURVES = {
 def benchmark_text(record: Mapping[str, Any]) -> str:
     """Returns a record's tables in Markdown, with what they were measured on."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    parts = [
-        _table(_STEP_HEADER, [_step_row(row) for row in record["steps"]]),
-        "Ratios are to the full-precision step of the same network and repetition: the median of "
-        f"{record['config']['repetitions']} repetitions in turns, with the lowest and highest.",
-    ]
+    parts = []
+    if record["steps"]:
+        parts.append(_table(_STEP_HEADER, [_step_row(row) for row in record["steps"]]))
+    parts.append(
+        "Ratios are to full precision, of the same network and repetition: the median of "
+        f"{record['config']['repetitions']} repetitions in turns, with the lowest and highest."
+    )
     if record.get("copies"):
         rows = [_copy_row(row) for row in record["copies"]]
         parts.append(_table(_COPY_HEADER, rows))
