@@ -185,7 +185,7 @@ def _load_stablehlo(path: Path) -> tuple[Predictor, str]:
 
 def _load_onnx(path: Path) -> tuple[Predictor, str]:
     try:
-        import onnxruntime  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports]  # of an extra
     except ImportError as error:
         raise ValueError(
             f"`path` {path} needs onnxruntime: pip install 'compand-jax[onnx]'"

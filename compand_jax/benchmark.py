@@ -95,7 +95,7 @@ def quantized(model: nn.Module, method: str, config: QuantConfig | None) -> Any:
     if method != QWIX:
         return model if config is None else quantize_model(model, config)
     try:
-        import qwix  # pyright: ignore[reportMissingImports]
+        import qwix  # pyright: ignore[reportMissingImports]  # of an extra
     except ImportError as error:
         raise ValueError(
             "`methods` must be installed, got qwix int8 without qwix: pip install -e '.[bench]', "

@@ -9,6 +9,7 @@ import numpy as np
 
 from compand_jax.benchmark import FULL, Case, make_problem, ratios, time_in_turns
 from compand_jax.config import QuantConfig
+from compand_jax.frozen_model import FrozenModel
 
 FROZEN: Mapping[str, QuantConfig | None] = {
     FULL: None,
@@ -62,7 +63,7 @@ def _compiled(
         held, run = problem.state.variables, problem.model.apply
     else:
         held = problem.model.freeze(problem.state.variables)
-        run = lambda frozen, x: frozen.apply(x)  # noqa: E731
+        run = FrozenModel.apply
     compiled = jax.jit(run).lower(held, problem.images).compile()
     analysis = compiled.memory_analysis()
     assert analysis is not None

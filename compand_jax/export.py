@@ -54,7 +54,7 @@ def to_onnx(
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        import jax2onnx  # pyright: ignore[reportMissingImports]
+        import jax2onnx  # pyright: ignore[reportMissingImports]  # of an extra
 
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             model = jax2onnx.to_onnx(
