@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array
 
 from compand_jax.codebooks import Spec
+from compand_jax.histogram_search import Cumulated, best_scales_of_histograms, cumulate
 from compand_jax.samples import Sample
 from compand_jax.scale_search import best_scales, percentile_scales, power, starting_scales
 
@@ -135,11 +136,19 @@ def _in_units(fit: Fit, samples: Sequence[Sample]) -> Fit:
 
 
 class _Batch(NamedTuple):
-    """Tensors of one shape and quantizer, one below the other; `tensors` has each scale's."""
+    """Tensors of one shape and quantizer, one below the other.
+
+    Attributes:
+      sample: their rows.
+      spec: their quantizer.
+      tensors: which tensor each scale belongs to.
+      cumulated: the sums of histograms; None where they are none.
+    """
 
     sample: Sample
     spec: Spec
     tensors: np.ndarray
+    cumulated: Cumulated | None
 
 
 class _Data(NamedTuple):
@@ -262,6 +271,11 @@ class _Search:
         else:
             grids = [starting_scales(sample, own, jnp.asarray(grid, jnp.float32), spec)
                      for grid in self._effort.grids]  # fmt: skip
+        if batch.cumulated is not None:
+            stacked = np.stack(jax.device_get(grids)).astype(np.float64)
+            return best_scales_of_histograms(
+                batch.cumulated, np.asarray(own, np.float64), stacked, spec, descents
+            )
         found = [best_scales(sample, own, grid, spec, descents) for grid in grids]
         scales, errors = (np.stack(arrays) for arrays in zip(*jax.device_get(found), strict=True))
         winner = errors.argmin(0)[None]
@@ -285,7 +299,7 @@ def _thinned(batch: _Batch, values: int) -> _Batch:
     A sample that is a histogram already, or whose values go together, is left as it is.
     """
     sample = batch.sample
-    if not sample.counted or sample.weights.shape[1] > 1:
+    if not sample.counted or sample.histogram:
         return batch
     stride = max(sample.values.shape[1] // values, 1)
     return batch._replace(sample=sample._replace(values=sample.values[:, ::stride]))
@@ -309,5 +323,6 @@ def _batches(groups: Sequence[Group]) -> list[_Batch]:
         samples = [pairs[tensor][0] for tensor in tensors]
         joined = Sample(*map(jnp.concatenate, zip(*samples, strict=True)))
         counts = [len(sample.absmax) for sample in samples]
-        batches.append(_Batch(joined, spec, np.repeat(tensors, counts)))
+        cumulated = cumulate(joined) if joined.histogram else None
+        batches.append(_Batch(joined, spec, np.repeat(tensors, counts), cumulated))
     return batches

@@ -70,6 +70,11 @@ class Sample(NamedTuple):
         return self.weights.ndim == 2
 
     @property
+    def histogram(self) -> bool:
+        """Whether the values are in order and have counts of their own."""
+        return self.counted and self.weights.shape[1] > 1
+
+    @property
     def products(self) -> int:
         """How many products an inner product takes."""
         return self.values.size * (1 if self.counted else self.values.shape[1])
@@ -163,10 +168,10 @@ def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
     used = np.flatnonzero(counts)
     # To few lengths, so that the search is compiled few times.
     padding = max(_MIN_SAMPLE, 1 << (len(used) - 1).bit_length()) - len(used)
-    magnitudes = np.pad(edges[used] + sums[used] / counts[used], (0, padding))
+    magnitudes = np.pad(edges[used] + sums[used] / counts[used], (padding, 0))
     return Sample(
         jnp.asarray(magnitudes, jnp.float32)[None],
-        jnp.asarray(np.pad(counts[used], (0, padding)), jnp.float32)[None],
+        jnp.asarray(np.pad(counts[used], (padding, 0)), jnp.float32)[None],
         jnp.asarray(absmax, jnp.float32)[None],
         jnp.asarray(unit, jnp.float32)[None],
     )
