@@ -152,6 +152,38 @@ def quantized_params(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> di
 _levels = jax.jit(fake_quantize, static_argnames=("bits", "signed", "grid"))
 
 
+def with_levels(
+    qmodel: QuantizedModel, variables: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any]]:
+    """Returns a model, and its variables, that computes what the quantized one does.
+
+    With levels in place of its kernels, as `quantized_params`, it quantizes activations alone, or
+    nothing where these are in full precision. It is the same for all weights' settings and
+    mu scopes, and so compiled once for all of them.
+    """
+    config, compand = qmodel.config, variables["compand"]
+    levels = {**variables, "params": quantized_params(qmodel, variables)}
+    del levels["compand"]
+    if not config.quantizes_activations:
+        return qmodel.model, levels
+    exact: dict[str, Any] = {"weight_bits": None, "grid": "midtread"}
+    exact_config = {**exact, "weight_granularity": "tensor"}
+    rules = tuple(dataclasses.replace(rule, **exact_config) for rule in config.rules)
+    own = dataclasses.replace(config, **exact_config, mu_scope="per_layer", rules=rules)
+    assert qmodel.sites is not None
+    sites = {name: dataclasses.replace(site, **exact, scale_axes=())
+             for name, site in qmodel.sites.items()}  # fmt: skip
+    own_compand: dict[str, Any] = {}
+    for name, operand in par.quantized_operands(compand):
+        if operand == "act":
+            scale_path = par.scale_path(name, operand)
+            par.set_leaf(own_compand, scale_path, par.get_leaf(compand, scale_path))
+            shared, mu_path = (par.mu_path(name, operand, one) for one in (config, own))
+            if shared is not None and mu_path is not None:
+                par.set_leaf(own_compand, mu_path, par.get_leaf(compand, shared))
+    return quantize_model(qmodel.model, own, sites=sites), {**levels, "compand": own_compand}
+
+
 def reestimated(
     model: Model, variables: Mapping[str, Any], batches: Iterable[Array]
 ) -> dict[str, Any]:
@@ -179,11 +211,8 @@ def evaluate_setting(network: TrainedNetwork, setting: Setting) -> dict[str, Any
     """
     began = time.perf_counter()
     qmodel, calibrated = quantize_network(network, setting)
-    params = quantized_params(qmodel, calibrated)
-    model: Model = qmodel
-    variables = calibrated
-    if setting.act_bits is None:
-        model, variables = network.model, {**network.variables, "params": params}
+    model, variables = with_levels(qmodel, calibrated)
+    params = variables["params"]
     if setting.batch_stats:
         variables = reestimated(model, variables, network.calibration)
     variables = jax.block_until_ready(variables)

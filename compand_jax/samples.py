@@ -194,14 +194,15 @@ def sample_from_weights(
         return sample_from_histogram(jax.device_get(total), signed=True)
     rows = []
     for weight in weights:
-        magnitudes = jnp.abs(jnp.asarray(weight, jnp.float32))
-        magnitudes = jnp.moveaxis(magnitudes, scale_axes, range(len(scale_axes)))
+        magnitudes = np.abs(np.asarray(weight, np.float32))
+        magnitudes = np.moveaxis(magnitudes, scale_axes, range(len(scale_axes)))
         channels = int(np.prod(magnitudes.shape[: len(scale_axes)]))
         rows.append(magnitudes.reshape(channels, -1))
-    values = jnp.concatenate(rows, 1)
-    unit = _unit(jnp.max(values, initial=0.0))
-    values, absmax = values / unit, jnp.max(values, 1, initial=0.0) / unit
-    return Sample(values, jnp.ones((len(values), 1)), absmax, jnp.full_like(absmax, unit))
+    values = np.concatenate(rows, 1)
+    unit = np.asarray(_unit(jnp.asarray(np.max(values, initial=0))))
+    values, absmax = values / unit, np.max(values, 1, initial=0) / unit
+    ones, units = np.ones((len(values), 1), np.float32), np.full_like(absmax, unit)
+    return Sample(*map(jnp.asarray, (values, ones, absmax, units)))
 
 
 _jitted_histogram = jax.jit(histogram)

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from compand_jax.codebooks import Spec
-from compand_jax.companding import mu_law_expand
+from compand_jax.companding import mu_law_compress, mu_law_expand
 from compand_jax.quantizers import fake_quantize
 from compand_jax.samples import Sample
+
+# Where each scale has few values, a quantizer compares with every threshold: of so many, the curve
+# itself is faster, and compiled in a third of the time.
+_MANY_THRESHOLDS = 64
 
 
 @jax.jit
@@ -75,10 +79,7 @@ def best_scales(
     weighted_values = sample.weighted(sample.values)
 
     def attempt(scale: Array) -> tuple[Array, Array, Array]:
-        quantized = fake_quantize(
-            sample.values, mus[:, None], scale[:, None],
-            bits=spec.bits, signed=spec.signed, grid=spec.grid,
-        )  # fmt: skip
+        quantized = _quantize(sample.values, mus[:, None], scale[:, None], spec)
         # Computed once for the three sums.
         quantized = jax.lax.optimization_barrier(quantized)
         residual = sample.values - quantized
@@ -101,3 +102,16 @@ def best_scales(
              for a, i in ((starts, best), (errors, best), (onward, lowest))]  # fmt: skip
     scale, error, _ = jax.lax.fori_loop(0, descents, descend, tuple(state))
     return jnp.where(sample.absmax > 0, scale, 1), error
+
+
+def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
+    """Returns `fake_quantize`'s values, but for rounding where there are many thresholds."""
+    steps = spec.steps
+    if steps < _MANY_THRESHOLDS:
+        return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
+    y = mu_law_compress(jnp.clip(x / scale, -1, 1), mu)
+    if spec.midrise:
+        y_q = (jnp.clip(jnp.floor(steps * y), -steps, steps - 1) + 0.5) / steps
+    else:
+        y_q = jnp.round(steps * y) / steps
+    return scale * mu_law_expand(y_q, mu)

@@ -19,6 +19,7 @@ from compand_jax.post_training import (
     quantized_params,
     reestimated,
     require_finite,
+    with_levels,
 )
 from compand_jax.steps import evaluate
 
@@ -100,6 +101,41 @@ def test_result_is_that_of_calibrate(network, setting):
              for name, w in zip(("conv", "dense"), kernels, strict=True)]  # fmt: skip
     power, noise = sum((w**2).sum() for w, _ in pairs), sum(((w - q) ** 2).sum() for w, q in pairs)
     assert result["weight_sqnr"] == pytest.approx(10 * np.log10(power / noise))
+
+
+WITH_ACTIVATIONS = [
+    Setting(3, 4),
+    Setting(2, 4, mu_scope="single", grid="midrise", weight_granularity="channel"),
+    Setting(8, 4, mu_scope="separate", rules=(Rule("conv", weight_bits=None),)),
+    Setting(3, 2, quantizer="uniform", rules=(Rule("dense", act_bits=8, quantizer="mu_law"),)),
+    Setting(4, rules=(Rule("conv", act_bits=3, weight_bits=2, grid="midrise"),)),
+]
+
+
+@pytest.mark.parametrize("setting", WITH_ACTIVATIONS)
+def test_levels_with_quantized_activations_are_the_quantized_model_bit_for_bit(network, setting):
+    qmodel, variables = quantize_network(network, setting)
+    model, own = with_levels(qmodel, variables)
+    x = next(iter(network.calibration))
+    expected, found = (
+        jax.jit(lambda v, x, one=one: one.apply(v, x))(v, x)
+        for one, v in ((qmodel, variables), (model, own))
+    )
+    np.testing.assert_array_equal(found, expected)
+    without = {name: leaf for name, leaf in own.items() if name != "compand"}
+    assert np.any(np.asarray(network.model.apply(without, x)) != np.asarray(expected))
+
+
+def test_model_with_levels_is_one_for_all_weights_and_scopes(network):
+    settings = [
+        Setting(3, 4),
+        Setting(8, 4, mu_scope="single"),
+        Setting(2, 4, mu_scope="separate", grid="midrise", weight_granularity="channel"),
+    ]
+    pairs = [with_levels(*quantize_network(network, one)) for one in settings]
+    assert len({model for model, _ in pairs}) == 1
+    assert len({jax.tree.structure(variables) for _, variables in pairs}) == 1
+    assert with_levels(*quantize_network(network, Setting(3)))[0] is network.model
 
 
 def test_statistics_are_those_of_calibrate(network):
