@@ -240,15 +240,10 @@ def _made_with(rows: Sequence[Row]) -> str:
     parts = []
     for (model, dataset), group in _grouped(rows, ("network", "dataset")).items():
         cells = [row for row in group if row["stage"] != "parent"]
-        parents = {row["parent_accuracy"]: row["parent_epochs"] for row in group}
-        starts = ", ".join(
-            f"{accuracy:.2f} % ({f'{epochs} epochs' if epochs else 'imported'})"
-            for accuracy, epochs in parents.items()
-        )
         ends = {row["first_last_bits"] for row in cells if row["first_last_bits"]}
         kept = ends - {row["weight_bits"] for row in cells}
         parts.append(
-            f"{model} on {dataset}: full precision {starts}, then "
+            f"{model} on {dataset}: full precision {_parents(cells)}, then "
             f"{'/'.join(str(n) for n in sorted({row['epochs'] for row in cells}))} epochs"
             + (f", first and last layer at {max(kept)} bits" if kept else "")
             + (", weights of 2 bits on the grid midrise"
@@ -258,3 +253,17 @@ def _made_with(rows: Sequence[Row]) -> str:
     dates = sorted(row["date"][:10] for row in rows)
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return f"{'; '.join(parts)}. {devices}; {when}."
+
+
+def _parents(rows: Sequence[Row]) -> str:
+    """Returns the parents' accuracies, with the seeds that start from each where they differ."""
+    found = _grouped(rows, ("arrangement", "parent_accuracy", "parent_epochs"))
+    orders = [order for order, _, _ in found]
+    texts = []
+    for (order, accuracy, epochs), own in found.items():
+        how = f"{epochs} epochs" if epochs else "imported"
+        if orders.count(order) > 1:
+            seeds = sorted({row["seed"] for row in own})
+            how += f", for seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))}"
+        texts.append(f"{accuracy:.2f} % ({order}, {how})")
+    return ", ".join(texts)

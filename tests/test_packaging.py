@@ -7,7 +7,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import plot_levels
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -65,11 +64,3 @@ def test_version_is_the_same_everywhere():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     released = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == version
-
-
-def test_picture_of_the_levels(tmp_path):
-    path = tmp_path / "levels.png"
-    plot_levels.main(["--path", str(path), "--bits", "3"])
-    assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="`bits` must be an integer from 1 to 8, got 9"):
-        plot_levels.main(["--path", str(path), "--bits", "9"])

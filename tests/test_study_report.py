@@ -132,13 +132,25 @@ def test_text_says_what_was_compared():
     assert ["", "cnn", "digits", "conv_norm_act", "3/3", *"------", ""] in cells
     # mu learned, as calibrated and 255, at the one seed that has all three.
     assert ["", "cnn", "digits", "conv_norm_act", "2/2", "-0.50", "-1.00", "-19.75", ""] in cells
-    assert "full precision 75.00 % (2 epochs), then 1 epochs, weights of 2 bits on" in text
+    assert "full precision 75.00 % (conv_norm_act, 2 epochs), then 1 epochs, weights" in text
     assert text.endswith("1 x CPU; 2026-01-02.")
     ends = [each | {"first_last_bits": 8} for each in ROWS if each["stage"] == "cell"]
     assert "first and last layer at 8 bits" in summary_text(with_controls(ends))
     assert "first and last layer" not in text
     imported = [each | {"parent_epochs": 0} for each in ROWS]
-    assert "full precision 75.00 % (imported), then" in summary_text(with_controls(imported))
+    text = summary_text(with_controls(imported))
+    assert "full precision 75.00 % (conv_norm_act, imported), then" in text
+
+
+@pytest.mark.quick
+def test_text_says_which_seeds_start_from_which_parent():
+    rows = [each | {"parent_accuracy": 76.0} if each["seed"] == 1 else each for each in ROWS]
+    expected = (
+        "full precision 75.00 % (conv_norm_act, 2 epochs, for seed 0), "
+        "76.00 % (conv_norm_act, 2 epochs, for seeds 1 and 2), then"
+    )
+    more = [each | {"seed": 2} for each in rows if each["seed"] == 1]
+    assert expected in summary_text(with_controls([*rows, *more]))
 
 
 @pytest.mark.quick
