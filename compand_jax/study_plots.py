@@ -50,7 +50,9 @@ def _accuracy_panel(axis: Axes, cells: Sequence[Row]) -> None:
             bits + shift: [row["accuracy"] for row in group]
             for (bits,), group in _grouped(own, "weight_bits").items()
         }
-        _errorbar(axis, values, color=_COLORS[method], label=_LABELS[method], marker="o")
+        seeds = len({row["seed"] for row in own})
+        label = f"{_LABELS[method]} ({seeds} seed{'s' * (seeds != 1)})"
+        _errorbar(axis, values, color=_COLORS[method], label=label, marker="o")
     controls = {
         bits: sorted({(row["seed"], row["full_precision_accuracy"]) for row in group})
         for (bits,), group in _grouped(cells, "weight_bits").items()
