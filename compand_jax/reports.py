@@ -75,8 +75,10 @@ def results_table(results: Sequence[dict]) -> str:
     return markdown_table([_HEADER, *map(_row, with_differences(results))])
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
     """Returns a Markdown table of cells, the first row its header, aligned as text too.
+
+    The first `text_columns` are flush left, the others right.
 
     >>> print(markdown_table([("site", "bits"), ("dense", "4")]))
     | site  | bits |
@@ -84,8 +86,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     | dense |    4 |
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_line(row, widths) for row in rows]
-    rule = "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":"
+    lines = [_line(row, widths, text_columns) for row in rows]
+    rule = "|".join("-" * (width + 2) if i < text_columns else "-" * (width + 1) + ":"
                     for i, width in enumerate(widths))  # fmt: skip
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
@@ -121,8 +123,8 @@ def _row(result: dict) -> tuple[str, ...]:
     )
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell.ljust(width) if i == 0 else cell.rjust(width)
+def _line(cells: Sequence[str], widths: Sequence[int], text_columns: int) -> str:
+    padded = [cell.ljust(width) if i < text_columns else cell.rjust(width)
               for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
     return f"| {' | '.join(padded)} |"
 

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,17 @@ def read_results(run_dir: str | Path) -> list[dict]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Returns what a JSON file holds."""
-    return json.loads(Path(path).read_text())
+    """Returns what a JSON file holds.
+
+    Raises:
+      ValueError: if it is damaged; the file is named.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"`path` must be a JSON file, got {path} ({error}): restore it, or delete it"
+        ) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -118,14 +128,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text so that the file is either complete or as it was before."""
-    partial = Path(f"{path}.partial")
+    """Writes a text so that the file is either complete or as it was before.
+
+    Of processes that write the same file, on one machine or several, the last one prevails.
+    """
+    partial = Path(f"{path}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_text(text)
         os.replace(partial, path)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def provenance(packages: Sequence[str] = ()) -> dict:

@@ -7,14 +7,16 @@
     DIR/failures/NAME.json the error of a cell that failed; it is tried again at the next start
     DIR/locks/NAME         held while a process works on a cell
 
-Processes that share the directory take cells that no other one holds. A lock is the operating
-system's, of an open file: it ends with its process, however that ends.
+Processes that share the directory take cells that no other one holds; cells whose parent another
+one is training come last. A lock is the operating system's, of an open file: it ends with its
+process, however that ends.
 """
 
 import contextlib
 import dataclasses
 import fcntl
 import functools
+import itertools
 import shutil
 import traceback
 from collections.abc import Iterator, Sequence
@@ -106,30 +108,31 @@ def run_study(study: Study, cells: Sequence[Cell], *, progress: bool = True) -> 
     Raises:
       ValueError: if the directory is another study's, or holds a training of another
         configuration under a name that is needed; nothing is trained then.
-      OSError: if it cannot be written.
+      OSError: if it cannot be written, or a data set that is needed cannot be read.
     """
     _open(study, cells)
     failed, failed_parents = [], {}
-    for i, cell in enumerate(cells, start=1):
+    for wait, (i, cell) in itertools.product((False, True), enumerate(cells, start=1)):
         with _claimed(study.directory / "locks" / cell.name, wait=False) as mine:
-            if not mine or study.is_finished(cell):
+            if not mine or study.is_finished(cell) or cell.name in failed:
                 continue
-            if progress:
-                print(f"[{i}/{len(cells)}] {cell.name}", flush=True)
             try:
                 if cell.parent_name in failed_parents:
                     raise failed_parents[cell.parent_name]
                 try:
-                    _finish_parent(study, cell, progress)
+                    if not _finish_parent(study, cell, progress, wait=wait):
+                        continue
                 except Exception as error:  # whatever it is, its other cells fail by it too
                     failed_parents[cell.parent_name] = error
                     raise
+                if progress:
+                    print(f"[{i}/{len(cells)}] {cell.name}", flush=True)
                 _run_cell(study, cell, progress)
             except Exception as error:  # whatever it is, the other cells go on
                 failed.append(cell.name)
                 _record_failure(study, cell, error)
                 if progress:
-                    print(f"  failed: {error}", flush=True)
+                    print(f"  {cell.name} failed: {error}", flush=True)
             finally:
                 jax.clear_caches()  # of what is never called again
     return failed
@@ -151,22 +154,33 @@ def _open(study: Study, cells: Sequence[Cell]) -> None:
     for cell in cells:
         check_config(study.parent_run(cell), finetune=False)
         check_config(study.cell_run(cell))
+    for cell in cells:
+        if not study.is_finished(cell):
+            _data(study.cell_run(cell))
     for name in ("locks", "records", "failures", "cells"):
         (study.directory / name).mkdir(parents=True, exist_ok=True)
     study.parents_dir.mkdir(parents=True, exist_ok=True)
     write_json(path, {"preset": study.preset})
 
 
-def _finish_parent(study: Study, cell: Cell, progress: bool) -> None:
-    """Trains a cell's parent unless it is finished; waits for a process that is at it."""
+def _finish_parent(study: Study, cell: Cell, progress: bool, *, wait: bool) -> bool:
+    """Trains a cell's parent unless it is finished; returns whether it is now.
+
+    It is not where another process is at it, unless `wait` says to wait for that one.
+    """
     config = study.parent_run(cell)
     name, result = cell.parent_name, config.run_dir / FULL_PRECISION / "result.json"
     if not result.is_file():
-        with _claimed(study.parents_dir / f"{name}.lock", wait=True):
+        with _claimed(study.parents_dir / f"{name}.lock", wait=wait) as mine:
+            if not mine:
+                return False
             if not result.is_file():
+                if progress:
+                    print(f"parent {name}", flush=True)
                 train_stages(config, _data(config), progress=progress)
     if not study.record_path(name).is_file():
         write_json(study.record_path(name), parent_record(name, config.run_dir))
+    return True
 
 
 def _run_cell(study: Study, cell: Cell, progress: bool) -> None:

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from compand_jax.data import DATASETS, ImageData
 from compand_jax.recipes import CONTROL, FULL_PRECISION, RunConfig
-from compand_jax.run_directory import read_json
 from compand_jax.stages import calibration_batches, make_stage
 from compand_jax.study import Study
 from compand_jax.study_grid import Cell
+from compand_jax.study_records import read_record
 from compand_jax.training import create_state, fit
 
 # By data set: training images, shape, classes.
@@ -57,13 +57,18 @@ def estimates_table(study: Study, cells: Sequence[Cell]) -> str:
 def _trainings(
     study: Study, cells: Sequence[Cell]
 ) -> Iterator[tuple[str, _Kind, RunConfig, int, bool]]:
-    """Yields name, kind, run, steps and whether it is finished, of parents and cells in order."""
+    """Yields name, kind, run, steps and whether it is finished, of parents and cells in order.
+
+    A parent counts as finished where all its cells are: it is not trained then.
+    """
     seen = set()
+    needed = {cell.parent_name for cell in cells if not study.is_finished(cell)}
     for cell in cells:
         parent, config = study.parent_run(cell), study.cell_run(cell)
         if cell.parent_name not in seen:
             seen.add(cell.parent_name)
-            done = (parent.run_dir / FULL_PRECISION / "result.json").is_file()
+            result = parent.run_dir / FULL_PRECISION / "result.json"
+            done = cell.parent_name not in needed or result.is_file()
             yield f"parents/{cell.parent_name}", _kind(parent), parent, _steps(parent, 0), done
         done = study.is_finished(cell)
         yield cell.name, _kind(config), config, _steps(config, config.finetune_epochs), done
@@ -81,7 +86,7 @@ def _steps(config: RunConfig, finetune_epochs: int) -> int:
 def _recorded(study: Study) -> dict[_Kind, float]:
     times: dict[_Kind, list[float]] = {}
     for path in sorted((study.directory / "records").glob("*.json")):
-        row = read_json(path)["row"]
+        row = read_record(path)["row"]
         if row["steps"]:
             kind = row["network"], row["dataset"], row["method"] != FULL_PRECISION
             times.setdefault(kind, []).append(row["seconds"] / row["steps"])

@@ -14,6 +14,7 @@ from typing import Any
 from compand_jax.config import QuantConfig, Rule
 from compand_jax.models import BLOCK_ORDERS
 from compand_jax.recipes import CONTROL, METHODS, RunConfig, preset
+from compand_jax.trained_checkpoints import NORMALIZATIONS
 
 FIRST_ORDER, SECOND_ORDER = BLOCK_ORDERS
 PER_LAYER = "mu_law-per_layer"
@@ -26,8 +27,6 @@ _MU_FIELDS: dict[str, dict[str, Any]] = {
 }
 _FIRST_AND_LAST = "conv1|dense"
 _ENDS = Rule(_FIRST_AND_LAST, weight_bits=8, act_bits=8, grid="midtread")
-# Of https://github.com/akamaster/pytorch_resnet_cifar10, whose networks are imported.
-_PYTORCH = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,6 @@ def _laptop(checkpoint: Path | None) -> list[Cell]:
         epochs=20,
         learning_rate=0.05,
         finetune_epochs=3,
-        methods=(CONTROL,),
     )
     first, second = _orders(parent)
     some = (CONTROL, "uniform", PER_LAYER)
@@ -181,11 +179,10 @@ def _paper(checkpoint: Path | None) -> list[Cell]:
 
 def _literature(checkpoint: Path | None) -> list[Cell]:
     some = (CONTROL, "uniform", PER_LAYER)
-    resnet = dataclasses.replace(
-        preset("resnet20-cifar10"), epochs=200, finetune_epochs=4, methods=(CONTROL,)
-    )
+    resnet = dataclasses.replace(preset("resnet20-cifar10"), epochs=200, finetune_epochs=4)
     if checkpoint is not None:
-        resnet = dataclasses.replace(resnet, epochs=0, state_dict=checkpoint, **_PYTORCH)
+        mean, std = NORMALIZATIONS["resnet"]
+        resnet = dataclasses.replace(resnet, epochs=0, state_dict=checkpoint, mean=mean, std=std)
     vgg = dataclasses.replace(
         preset("vgg19-cifar10"), model="vgg-small", epochs=100, finetune_epochs=20,
         learning_rate=0.05,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from compand_jax.codebooks import codebook
 from compand_jax.plots import mu_curves
 from compand_jax.study_records import histogram_edges
-from compand_jax.study_tables import METHODS, Row, method_of
+from compand_jax.study_tables import QUANTIZERS, Row, compared, grouped, quantizer_of
 
 _LABELS = {
     "uniform": "uniform",
@@ -20,7 +20,7 @@ _LABELS = {
     "separate": "mu-law, separate",
     "per_layer": "mu-law, per layer",
 }
-_COLORS = dict(zip(METHODS, ("#7b8794", "#2f7ed8", "#e08e0b", "#c8102e"), strict=True))
+_COLORS = dict(zip(QUANTIZERS, ("#7b8794", "#2f7ed8", "#e08e0b", "#c8102e"), strict=True))
 _DPI = 90
 
 
@@ -30,8 +30,8 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
     Lines are means over seeds, bars reach from the worst to the best seed, and the dashed line is
     the control.
     """
-    cells = _compared(rows)
-    groups = _grouped(cells, "network", "dataset", "arrangement")
+    cells = compared(rows)
+    groups = grouped(cells, "network", "dataset", "arrangement")
     figure, axes = _panels(len(groups), width=5.0, height=3.6)
     for axis, (key, group) in zip(axes, groups.items(), strict=True):
         _accuracy_panel(axis, group)
@@ -43,19 +43,19 @@ def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
 
 def _accuracy_panel(axis: Axes, cells: Sequence[Row]) -> None:
     bits = sorted({row["weight_bits"] for row in cells})
-    for i, method in enumerate(METHODS):
+    for i, quantizer in enumerate(QUANTIZERS):
         shift = 0.04 * (i - 1.5)  # so that the bars can be told apart
-        own = [row for row in cells if method_of(row) == method]
+        own = [row for row in cells if quantizer_of(row) == quantizer]
         values = {
             bits + shift: [row["accuracy"] for row in group]
-            for (bits,), group in _grouped(own, "weight_bits").items()
+            for (bits,), group in grouped(own, "weight_bits").items()
         }
         seeds = len({row["seed"] for row in own})
-        label = f"{_LABELS[method]} ({seeds} seed{'s' * (seeds != 1)})"
-        _errorbar(axis, values, color=_COLORS[method], label=label, marker="o")
+        label = f"{_LABELS[quantizer]} ({seeds} seed{'s' * (seeds != 1)})"
+        _errorbar(axis, values, color=_COLORS[quantizer], label=label, marker="o")
     controls = {
         bits: sorted({(row["seed"], row["full_precision_accuracy"]) for row in group})
-        for (bits,), group in _grouped(cells, "weight_bits").items()
+        for (bits,), group in grouped(cells, "weight_bits").items()
         if all(row["full_precision_accuracy"] is not None for row in group)
     }
     values = {bits: [accuracy for _, accuracy in found] for bits, found in controls.items()}
@@ -72,26 +72,30 @@ def _errorbar(axis: Axes, values: Mapping[Any, Sequence[float]], **style: Any) -
 
 
 def plot_differences(rows: Sequence[Row], path: Path) -> None:
-    """Draws differences to the control by method and scope: a panel a network, data set and bits.
+    """Draws differences to the control by quantizer: a panel a network, data set and bits.
 
     A bar is the mean over seeds, with the seeds as points; the arrangements stand side by side.
     """
-    cells = [row for row in _compared(rows) if row["full_precision_accuracy"] is not None]
-    groups = _grouped(cells, "network", "dataset", "weight_bits")
+    cells = [row for row in compared(rows) if row["full_precision_accuracy"] is not None]
+    groups = grouped(cells, "network", "dataset", "weight_bits")
     figure, axes = _panels(len(groups), width=4.2, height=3.4)
     for axis, (key, group) in zip(axes, groups.items(), strict=True):
         orders = sorted({row["arrangement"] for row in group})
         for i, order in enumerate(orders):
-            for j, method in enumerate(METHODS):
-                values = [row["accuracy"] - row["full_precision_accuracy"] for row in group
-                          if row["arrangement"] == order and method_of(row) == method]  # fmt: skip
+            for j, quantizer in enumerate(QUANTIZERS):
+                values = [
+                    row["accuracy"] - row["full_precision_accuracy"]
+                    for row in group
+                    if row["arrangement"] == order and quantizer_of(row) == quantizer
+                ]
                 x = j + 0.38 * (i - (len(orders) - 1) / 2)
                 if values:
-                    axis.bar(x, statistics.mean(values), 0.34, color=_COLORS[method],
+                    axis.bar(x, statistics.mean(values), 0.34, color=_COLORS[quantizer],
                              alpha=1 - 0.5 * i, hatch="//" * i)  # fmt: skip
                     axis.plot([x] * len(values), values, "k.", ms=4)
         axis.axhline(0, color="k", lw=0.8)
-        axis.set_xticks(range(len(METHODS)), [m.replace("_", " ") for m in METHODS], fontsize=8)
+        names = [quantizer.replace("_", " ") for quantizer in QUANTIZERS]
+        axis.set_xticks(range(len(names)), names, fontsize=8)
         title = f"{key[0]} {key[1]}, {key[2]} bits" + (
             "" if len(orders) == 1 else f"\n{orders[0]} | {orders[1]} (hatched)"
         )
@@ -157,18 +161,7 @@ def _levels_panel(axis: Axes, record: Mapping[str, Any], site: str, operand: str
 def title_of(row: Row) -> str:
     """Returns what a record is of."""
     bits = f"W{row['weight_bits']}A{row['act_bits']}"
-    return f"{row['network']} {row['dataset']}, {row['arrangement']}, {bits}, {method_of(row)}"
-
-
-def _compared(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, "learned")]
-
-
-def _grouped(rows: Sequence[Row], *names: str) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
+    return f"{row['network']} {row['dataset']}, {row['arrangement']}, {bits}, {quantizer_of(row)}"
 
 
 def _panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -1,7 +1,8 @@
 """The small record of a finished training, from which a study's report is made.
 
 A record is JSON: `row`, a line of results.csv; what was quantized how (`sites`), mu and scales at
-the end (`quantizers`) and over the steps (`curve`), and histograms of what is quantized.
+the end (`quantizers`), loss, accuracy and mu over the steps (`curve`), and histograms of what is
+quantized.
 """
 
 from collections.abc import Mapping
@@ -35,6 +36,22 @@ _CURVE_ROWS = 40
 _BINS = 60
 _RANGE = 1.25  # of the clip
 _HISTOGRAM_IMAGES = 256
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns a record.
+
+    Raises:
+      ValueError: if it is damaged, another training's or another version's.
+    """
+    record = read_json(path)
+    row = record.get("row") if isinstance(record, dict) else None
+    if not isinstance(row, dict) or set(row) != set(ROW) or row["name"] != path.stem:
+        raise ValueError(
+            f"`directory` must hold this version's records, got {path} with another row: delete "
+            "it, and run the study again"
+        )
+    return record
 
 
 def parent_record(name: str, run_dir: Path) -> dict[str, Any]:
@@ -164,7 +181,7 @@ _CURVE = ("step", "epoch", "loss", "accuracy", "quantizers")
 
 
 def _rounded(value: Any) -> Any:
-    """Returns the value with five significant digits, as many as a curve shows."""
+    """Returns the value without scales, with five significant digits: what a curve shows."""
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items() if "scale" not in key}
     if isinstance(value, list):

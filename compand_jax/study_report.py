@@ -6,11 +6,13 @@ are accuracy.png, differences.png and, by network, mu-*.png and levels-*.png.
 """
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compand_jax.run_directory import read_json, write_text
+from compand_jax.reports import markdown_table
+from compand_jax.run_directory import read_json, write_json, write_text
+from compand_jax.study_grid import LEARNED, STUDIES
 from compand_jax.study_plots import (
     plot_accuracy,
     plot_differences,
@@ -18,15 +20,8 @@ from compand_jax.study_plots import (
     plot_mu,
     title_of,
 )
-from compand_jax.study_tables import (
-    SUMMARY,
-    markdown,
-    read_csv,
-    summary,
-    summary_text,
-    to_csv,
-    with_controls,
-)
+from compand_jax.study_records import read_record
+from compand_jax.study_tables import SUMMARY, summary, summary_text, to_csv, with_controls
 
 Record = Mapping[str, Any]
 
@@ -36,6 +31,7 @@ def preset_of(directory: Path) -> str:
 
     Raises:
       FileNotFoundError: if the directory is no study's.
+      ValueError: if it is one of an unknown preset.
     """
     path = directory / "study.json"
     if not path.is_file():
@@ -43,7 +39,13 @@ def preset_of(directory: Path) -> str:
             f"`directory` must be a study's, with study.json in it, got {directory}: give the "
             "--out of scripts/study.py"
         )
-    return read_json(path)["preset"]
+    found = read_json(path)
+    preset = found.get("preset") if isinstance(found, dict) else None
+    if not isinstance(preset, str) or preset not in STUDIES:
+        raise ValueError(
+            f"`preset` must be one of {', '.join(STUDIES)}, got {preset!r} in {path}: restore it"
+        )
+    return preset
 
 
 def read_records(directory: Path) -> list[dict[str, Any]]:
@@ -51,8 +53,9 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: if no cell is finished.
+      ValueError: if a record is damaged.
     """
-    records = {path.stem: read_json(path) for path in (directory / "records").glob("*.json")}
+    records = {path.stem: read_record(path) for path in (directory / "records").glob("*.json")}
     if not any(record["row"]["stage"] == "cell" for record in records.values()):
         raise FileNotFoundError(
             f"`directory` must be a study's, with a finished cell, got {directory}: "
@@ -70,16 +73,17 @@ def write_report(directory: Path) -> list[Path]:
 
     Raises:
       FileNotFoundError: if no cell is finished.
+      ValueError: if a record is damaged.
       OSError: if it cannot be written.
     """
     records = read_records(directory)
     rows = [record["row"] for record in records]
-    write_text(directory / "results.csv", to_csv(rows))
-    write_text(directory / "summary.csv", to_csv(summary(rows), SUMMARY))
-    write_text(directory / "report.md", _document(directory, records))
+    texts = _texts(directory, records)
+    for name, text in texts.items():
+        write_text(directory / name, text)
     plot_accuracy(rows, directory / "accuracy.png")
     plot_differences(rows, directory / "differences.png")
-    names = ["results.csv", "summary.csv", "report.md", "accuracy.png", "differences.png"]
+    names = [*texts, "accuracy.png", "differences.png"]
     for network, shown in _shown(records).items():
         names.append(f"mu-{network}.png")
         plot_mu(shown, directory / names[-1])
@@ -92,40 +96,66 @@ def write_report(directory: Path) -> list[Path]:
 
 
 def keep_report(directory: Path, kept: Path) -> None:
-    """Copies a study's report and records, without checkpoints, to a directory.
+    """Copies a study's records, without checkpoints, to a directory, and writes its report there.
 
-    What a former report left there is replaced.
+    What a former report left there is replaced, once the new one is whole. Of what failed the error
+    is copied, without its traceback.
+
+    Raises:
+      FileNotFoundError: if no cell is finished.
+      ValueError: if a record is damaged.
+      OSError: if it cannot be written.
     """
-    files = write_report(directory)
     if kept.resolve() == directory.resolve():
+        write_report(kept)
         return
+    new = kept.with_name(f"{kept.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    (new / "records").mkdir(parents=True)
+    shutil.copyfile(directory / "study.json", new / "study.json")
+    for path in (directory / "records").glob("*.json"):
+        shutil.copyfile(path, new / "records" / path.name)
+    for path, failure in _failures(directory):
+        (new / "failures").mkdir(exist_ok=True)
+        shown = {name: failure[name] for name in ("name", "error", "date")}
+        write_json(new / "failures" / path.name, shown)
+    write_report(new)
     shutil.rmtree(kept, ignore_errors=True)
-    for name in ("records", "failures"):
-        if any((directory / name).glob("*.json")):
-            shutil.copytree(directory / name, kept / name)
-    for path in (directory / "study.json", *files):
-        shutil.copyfile(path, kept / path.name)
+    new.rename(kept)
 
 
 def study_block(kept: Path) -> str:
     """Returns the README's text on a kept study.
 
     Raises:
-      ValueError: if results.csv is not of the records, or report.md not of results.csv.
+      FileNotFoundError: if no cell is finished.
+      ValueError: if the report's texts are not those of its records, or a record is damaged.
     """
-    rows = read_csv(kept / "results.csv")
     records = read_records(kept)
-    text = _text(records)
-    if rows != [record["row"] for record in records]:
-        what = "the rows of its records in results.csv"
-    elif text not in (kept / "report.md").read_text():
-        what = "the tables of results.csv in report.md"
-    else:
-        place = kept.as_posix()
-        picture = f"![Test accuracy against bits]({place}/accuracy.png)"
-        rest = f"Every mean and mu: [{place}/report.md]({place}/report.md)."
-        return f"\n{text}\n\n{picture}\n\n{rest}\n\n"
-    raise ValueError(f"`results` must have {what}, got others in {kept}: run scripts/report.py")
+    for name, text in _texts(kept, records).items():
+        if (kept / name).read_text() != text:
+            raise ValueError(
+                f"`results` must have the {name} of its records, got another in {kept}: run "
+                f"scripts/report.py {kept}"
+            )
+    place = kept.as_posix()
+    picture = f"![Test accuracy against bits]({place}/accuracy.png)"
+    rest = f"Every mean and mu: [{place}/report.md]({place}/report.md)."
+    return f"\n{_text(records)}\n\n{picture}\n\n{rest}\n\n"
+
+
+def _failures(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
+    return [(path, read_json(path)) for path in sorted((directory / "failures").glob("*.json"))]
+
+
+def _texts(directory: Path, records: Sequence[Record]) -> dict[str, str]:
+    """Returns what is written of the records, by the file's name, but for the pictures."""
+    rows = [record["row"] for record in records]
+    return {
+        "results.csv": to_csv(rows),
+        "summary.csv": to_csv(summary(rows), SUMMARY),
+        "report.md": _document(directory, records),
+    }
 
 
 def _shown(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -136,7 +166,7 @@ def _shown(records: Sequence[Record]) -> dict[str, list[Record]]:
     found: dict[str, dict[tuple, Record]] = {}
     for record in records:
         row = record["row"]
-        if row["mu_scope"] == "per_layer" and row["mu"] == "learned":
+        if row["mu_scope"] == "per_layer" and row["mu"] == LEARNED:
             key = (row["arrangement"], row["weight_bits"])
             found.setdefault(f"{row['network']}-{row['dataset']}", {}).setdefault(key, record)
     return {network: list(own.values()) for network, own in found.items()}
@@ -146,9 +176,8 @@ def _document(directory: Path, records: Sequence[Record]) -> str:
     rows = [record["row"] for record in records]
     parts = [f"# The study {preset_of(directory)}", _text(records)]
     parts += ["## Every mean", _means(rows), "## mu at the end", *_mu_tables(records)]
-    failures = [read_json(path) for path in sorted((directory / "failures").glob("*.json"))]
-    if failures:
-        parts += ["## Failed", "\n".join(f"- {f['name']}: {f['error']}" for f in failures)]
+    if failures := [f"- {found['name']}: {found['error']}" for _, found in _failures(directory)]:
+        parts += ["## Failed", "\n".join(failures)]
     versions = sorted({tuple(record["versions"].items()) for record in records})
     listed = "; ".join(", ".join(f"{name} {version}" for name, version in found)
                        for found in versions)  # fmt: skip
@@ -158,34 +187,45 @@ def _document(directory: Path, records: Sequence[Record]) -> str:
 def _text(records: Sequence[Record]) -> str:
     """Returns what is compared, and the range of the mu that was learned."""
     text = summary_text([record["row"] for record in records])
-    lines = []
+    lines = [("network", "dataset", "arrangement", "W/A", "mu of weights", "mu of activations")]
     for record in (record for shown in _shown(records).values() for record in shown):
-        row, found = record["row"], record["quantizers"].values()
+        row = record["row"]
         bits = f"{row['weight_bits']}/{row['act_bits']}"
-        ranges = (_range(each.get(f"{operand}_mu") for each in found)
-                  for operand in ("weight", "act"))  # fmt: skip
+        ranges = (_mu_range(record, operand) for operand in ("weight", "act"))
         lines.append((row["network"], row["dataset"], row["arrangement"], bits, *ranges))
-    if not lines:
+    if len(lines) == 1:
         return text
-    header = ("network", "dataset", "arrangement", "W/A", "mu of weights", "mu of activations")
-    note = "mu learned per layer, from the layers' smallest to their largest, of the first seed:"
-    return f"{text}\n\n{note}\n\n{markdown(header, lines)}"
+    note = (
+        "mu learned per layer, from the smallest to the largest of the layers at those bits, of "
+        "the first seed:"
+    )
+    return f"{text}\n\n{note}\n\n{markdown_table(lines, text_columns=3)}"
 
 
-def _range(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
+def _mu_range(record: Record, operand: str) -> str:
+    """Returns the least and the largest mu of the sites that have as many bits as the row."""
+    bits = f"{operand}_bits"
+    known = [
+        found[f"{operand}_mu"]
+        for site, found in record["quantizers"].items()
+        if f"{operand}_mu" in found and record["sites"][site][bits] == record["row"][bits]
+    ]
     return f"{min(known):.2f} to {max(known):.2f}" if known else "-"
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ("network", "dataset", "arrangement", "bits", "method", "mu scope", "mu", "seeds",
-              "accuracy", "std", "difference", "std")  # fmt: skip
-    lines = [[_cell(found[name]) for name in SUMMARY] for found in summary(rows)]
-    return markdown(header, lines)
+    header = ("network", "dataset", "arrangement", "bits", "method", "mu scope", "mu",
+              "learning rate", "seeds", "accuracy", "std", "difference", "std")  # fmt: skip
+    lines = [[_cell(name, found[name]) for name in SUMMARY] for found in summary(rows)]
+    return markdown_table([header, *lines], text_columns=3)
 
 
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "learning_rate":
+        return f"{value:g}"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _mu_tables(records: Sequence[Record]) -> list[str]:
@@ -195,7 +235,7 @@ def _mu_tables(records: Sequence[Record]) -> list[str]:
             found = record["quantizers"]
             lines = [(site, _mu(found[site], "weight"), _mu(found[site], "act")) for site in found]
             parts += [f"{title_of(record['row'])}, seed {record['row']['seed']}:",
-                      markdown(("site", "weights", "activations"), lines)]  # fmt: skip
+                      markdown_table([("site", "weights", "activations"), *lines])]  # fmt: skip
     return parts
 
 

@@ -8,28 +8,22 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from compand_jax.config import MU_SCOPES
+from compand_jax.reports import markdown_table
+from compand_jax.study_grid import FIXED_255, FIXED_CALIBRATED, LEARNED
 from compand_jax.study_records import ROW
 
 Row = Mapping[str, Any]
-METHODS = ("uniform", "single", "separate", "per_layer")
-"""What is compared: uniform, and the mu scopes."""
-MU_KINDS = {
-    "learned": "mu learned",
-    "fixed_calibrated": "mu as calibrated",
-    "fixed_255": "mu = 255",
+QUANTIZERS = ("uniform", *MU_SCOPES)
+"""What is compared: uniform levels, and mu-law ones of every mu scope."""
+_MU_TITLES = {
+    LEARNED: "mu learned",
+    FIXED_CALIBRATED: "mu as calibrated",
+    FIXED_255: "mu = 255",
 }
 _GROUP = ("network", "dataset", "arrangement")
-_INTEGERS = (
-    "weight_bits", "act_bits", "seed", "epochs", "first_last_bits", "parent_epochs", "model_bytes",
-    "steps",
-)  # fmt: skip
-_NUMBERS = (
-    "accuracy", "full_precision_accuracy", "learning_rate", "calibrated_accuracy",
-    "parent_accuracy", "seconds",
-)  # fmt: skip
 
 
 def with_controls(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -40,36 +34,52 @@ def with_controls(rows: Sequence[Row]) -> list[dict[str, Any]]:
     own = {_control_key(row): row["accuracy"] for row in rows if row["stage"] == "control"}
     first: dict[tuple, float] = {}
     for key in sorted(own):
-        first.setdefault(key[:4], own[key])
+        first.setdefault(key[:5], own[key])
     return [
-        {**row, "full_precision_accuracy": first.get(_control_key(row)[:4])
+        {**row, "full_precision_accuracy": first.get(_control_key(row)[:5])
          if row["stage"] == "parent" else own.get(_control_key(row))}
         for row in sorted(rows, key=_order)
     ]  # fmt: skip
 
 
+_CONTROL_KEY = (
+    *_GROUP, "parent_epochs", "parent_accuracy", "learning_rate", "epochs", "seed"
+)  # fmt: skip
+
+
 def _control_key(row: Row) -> tuple:
-    rest = (row["parent_epochs"], row["learning_rate"], row["epochs"], row["seed"])
-    return (*(row[name] for name in _GROUP), *rest)
+    return tuple(row[name] for name in _CONTROL_KEY)
 
 
 def _order(row: Row) -> tuple:
     stages = ("parent", "control", "cell")
-    scope = row["mu_scope"] or "uniform"
     return (
         *(row[name] for name in _GROUP),
         stages.index(row["stage"]),
         -(row["weight_bits"] or 0),
-        METHODS.index(scope),
-        list(MU_KINDS).index(row["mu"] or "learned"),
+        QUANTIZERS.index(row["mu_scope"] or "uniform"),
+        list(_MU_TITLES).index(row["mu"] or LEARNED),
         row["learning_rate"],
         row["seed"],
     )
 
 
-def method_of(row: Row) -> str:
-    """Returns which of `METHODS` the row of a cell is."""
+def quantizer_of(row: Row) -> str:
+    """Returns which of `QUANTIZERS` the row of a cell is of."""
     return row["mu_scope"] or row["method"]
+
+
+def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
+    """Returns the rows by their values in the columns named."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def compared(rows: Iterable[Row]) -> list[Row]:
+    """Returns the cells but for those of a fixed mu, which are compared among themselves."""
+    return [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, LEARNED)]
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[str] = ROW) -> str:
@@ -81,27 +91,9 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str] = ROW) -> str:
     return file.getvalue()
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows that `to_csv` wrote.
-
-    Raises:
-      ValueError: if the file has other columns.
-    """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != ROW:
-        raise ValueError(
-            f"`results` must hold this version's results.csv, got other columns in {path}: "
-            "write it with scripts/report.py"
-        )
-    return [{name: _typed(name, text) for name, text in row.items()} for row in rows]
-
-
-def _typed(name: str, text: str) -> Any:
-    if text == "":
-        return None
-    return int(text) if name in _INTEGERS else float(text) if name in _NUMBERS else text
+_SUMMED = (*_GROUP, "weight_bits", "method", "mu_scope", "mu", "learning_rate")
+SUMMARY = (*_SUMMED, "seeds", "accuracy", "accuracy_std", "difference", "difference_std")
+"""The columns of summary.csv."""
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -110,23 +102,14 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Of `accuracy`, and of `difference` to the control, in points; a standard deviation is None where
     there is one seed.
     """
-    names = (*_GROUP, "weight_bits", "method", "mu_scope", "mu")
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if row["stage"] != "parent":
-            rate = row["learning_rate"] if row["stage"] == "control" else None
-            groups.setdefault((*(row[name] for name in names), rate), []).append(row)
-    return [_summarized(dict(zip(names, key, strict=False)), found)
+    groups = grouped((row for row in rows if row["stage"] != "parent"), *_SUMMED)
+    return [_summarized(dict(zip(_SUMMED, key, strict=True)), found)
             for key, found in groups.items()]  # fmt: skip
 
 
 def _summarized(fields: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     accuracies = [row["accuracy"] for row in rows]
-    differences = [
-        row["accuracy"] - row["full_precision_accuracy"]
-        for row in rows
-        if row["full_precision_accuracy"] is not None
-    ]
+    differences = [value for value in _differences(rows) if value is not None]
     return fields | {
         "seeds": len(rows),
         "accuracy": statistics.mean(accuracies),
@@ -136,12 +119,6 @@ def _summarized(fields: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-SUMMARY = (
-    *_GROUP, "weight_bits", "method", "mu_scope", "mu", "seeds", "accuracy", "accuracy_std",
-    "difference", "difference_std",
-)  # fmt: skip
-
-
 def _std(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
@@ -149,9 +126,8 @@ def _std(values: Sequence[float]) -> float | None:
 def summary_text(rows: Sequence[Row]) -> str:
     """Returns in Markdown what the rows compare, and how they were made."""
     parts = [_comparison(rows), _NOTE]
-    if any(row["mu"] not in (None, "learned") for row in rows):
-        parts += ["What learning mu is worth, per layer, at the seeds that all three have:",
-                  _mu_table(rows)]  # fmt: skip
+    if any(row["mu"] not in (None, LEARNED) for row in rows):
+        parts += ["What learning mu is worth, per layer, seed by seed:", _mu_table(rows)]
     return "\n\n".join([*parts, _made_with(rows)])
 
 
@@ -166,37 +142,32 @@ _NOTE = (
 def _comparison(rows: Sequence[Row]) -> str:
     header = (*_GROUP, "W/A", "control", "uniform", "single mu", "separate", "per layer",
               "per layer to uniform")  # fmt: skip
-    cells = [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, "learned")]
     lines = []
-    for key, group in _grouped(cells, (*_GROUP, "weight_bits")).items():
+    for key, group in grouped(compared(rows), *_GROUP, "weight_bits").items():
         controls = {row["seed"]: row["full_precision_accuracy"] for row in group}
         line = [*key[:3], f"{key[3]}/{key[3]}", _spread(list(controls.values()), "{:.2f} %")]
-        for method in METHODS:
-            own = [row for row in group if method_of(row) == method]
+        for quantizer in QUANTIZERS:
+            own = [row for row in group if quantizer_of(row) == quantizer]
             line.append(_spread(_differences(own), "{:+.2f}"))
         accuracies = [
-            {row["seed"]: row["accuracy"] for row in group if method_of(row) == method}
-            for method in ("per_layer", "uniform")
+            {row["seed"]: row["accuracy"] for row in group if quantizer_of(row) == quantizer}
+            for quantizer in ("per_layer", "uniform")
         ]
         both = accuracies[0].keys() & accuracies[1].keys()
         line.append(_spread([accuracies[0][s] - accuracies[1][s] for s in both], "{:+.2f}"))
         lines.append(line)
-    return markdown(header, lines)
+    return markdown_table([header, *lines], text_columns=len(_GROUP))
 
 
 def _mu_table(rows: Sequence[Row]) -> str:
     cells = [row for row in rows if row["mu_scope"] == "per_layer"]
-    fixed = {tuple(row[name] for name in _MU_KEY) for row in cells if row["mu"] != "learned"}
-    lines = []
-    for key, group in _grouped(cells, _MU_KEY).items():
-        if key in fixed:
-            found = [_differences([r for r in group if r["mu"] == kind]) for kind in MU_KINDS]
-            line = [*key[:3], f"{key[3]}/{key[3]}", *(_spread(each, "{:+.2f}") for each in found)]
-            lines.append(line)
-    return markdown((*_GROUP, "W/A", *MU_KINDS.values()), lines)
-
-
-_MU_KEY = (*_GROUP, "weight_bits", "seed")
+    lines: list[tuple[str, ...]] = [(*_GROUP, "W/A", "seed", *_MU_TITLES.values())]
+    for (*key, bits, seed), group in grouped(cells, *_GROUP, "weight_bits", "seed").items():
+        if any(row["mu"] != LEARNED for row in group):
+            found = [_differences([r for r in group if r["mu"] == kind]) for kind in _MU_TITLES]
+            shown = (_spread(each, "{:+.2f}") for each in found)
+            lines.append((*key, f"{bits}/{bits}", str(seed), *shown))
+    return markdown_table(lines, text_columns=len(_GROUP))
 
 
 def _differences(rows: Iterable[Row]) -> list[float | None]:
@@ -204,13 +175,6 @@ def _differences(rows: Iterable[Row]) -> list[float | None]:
         None if row["full_precision_accuracy"] is None
         else row["accuracy"] - row["full_precision_accuracy"] for row in rows
     ]  # fmt: skip
-
-
-def _grouped(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple, list[Row]]:
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
 
 
 def _spread(values: Sequence[float | None], form: str) -> str:
@@ -221,30 +185,16 @@ def _spread(values: Sequence[float | None], form: str) -> str:
     return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f} ({len(known)})"
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table; its first three columns are text."""
-    rows = [tuple(header), *map(tuple, lines)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * width + "-:"[i > 2] for i, width in enumerate(widths)]
-    shown = [
-        " | ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([f"| {shown[0]} |", f"|-{'|-'.join(rule)}|", *(f"| {s} |" for s in shown[1:])])
-
-
 def _made_with(rows: Sequence[Row]) -> str:
     parts = []
-    for (model, dataset), group in _grouped(rows, ("network", "dataset")).items():
+    for (model, dataset), group in grouped(rows, "network", "dataset").items():
         cells = [row for row in group if row["stage"] != "parent"]
         ends = {row["first_last_bits"] for row in cells if row["first_last_bits"]}
         kept = ends - {row["weight_bits"] for row in cells}
         parts.append(
             f"{model} on {dataset}: full precision {_parents(cells)}, then "
-            f"{'/'.join(str(n) for n in sorted({row['epochs'] for row in cells}))} epochs"
+            f"{'/'.join(str(n) for n in sorted({row['epochs'] for row in cells}))} epochs "
+            f"{_rates(cells)}"
             + (f", first and last layer at {max(kept)} bits" if kept else "")
             + (", weights of 2 bits on the grid midrise"
                if any(row["weight_grid"] == "midrise" for row in cells) else "")
@@ -255,9 +205,21 @@ def _made_with(rows: Sequence[Row]) -> str:
     return f"{'; '.join(parts)}. {devices}; {when}."
 
 
+def _rates(rows: Iterable[Row]) -> str:
+    """Returns the peak learning rates, with the bits of each where they differ."""
+    found = grouped((row for row in rows if row["stage"] == "cell"), "learning_rate")
+    if len(found) == 1:
+        return f"at learning rate {next(iter(found))[0]:g}"
+    texts = []
+    for (rate,), own in found.items():
+        bits = sorted({row["weight_bits"] for row in own}, reverse=True)
+        texts.append(f"{rate:g} ({' and '.join(map(str, bits))} bits)")
+    return f"at learning rates {', '.join(texts)}"
+
+
 def _parents(rows: Sequence[Row]) -> str:
     """Returns the parents' accuracies, with the seeds that start from each where they differ."""
-    found = _grouped(rows, ("arrangement", "parent_accuracy", "parent_epochs"))
+    found = grouped(rows, "arrangement", "parent_accuracy", "parent_epochs")
     orders = [order for order, _, _ in found]
     texts = []
     for (order, accuracy, epochs), own in found.items():

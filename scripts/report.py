@@ -23,7 +23,8 @@ class Args:
     directory: Annotated[Path, tyro.conf.Positional]
     """The study's."""
     keep: bool = True
-    """Copy the report and the records to RESULTS/PRESET, and update the README from there."""
+    """Keep report and records in RESULTS/PRESET, and update the README from there, if it has a
+    block for them."""
     results: Path = Path("results")
     """Directory of what is kept."""
     readme: Path = Path("README.md")
@@ -34,9 +35,15 @@ def main(args: list[str]) -> None:
     """Writes the report."""
     options = parse(Args, args, description=__doc__)
     preset = preset_of(options.directory)
+    if options.keep and not options.readme.is_file():
+        raise FileNotFoundError(
+            f"`readme` must be a file, got {options.readme}: correct it, or give --no-keep"
+        )
     for path in write_report(options.directory):
         print(f"wrote {path}")
-    if options.keep:
+    if options.keep and f"<!-- results:{preset} -->" not in options.readme.read_text():
+        print(f"not kept: {options.readme} has no block results:{preset}")
+    elif options.keep:
         kept = options.results / preset
         keep_report(options.directory, kept)
         print(f"kept in {kept}")

@@ -32,8 +32,8 @@ class Args:
     shard: str = "0/1"
     """Run part i of n, as i/n; i counts from 0 or from 1."""
     parents: Path | None = None
-    """Directory of the full-precision parents, runs of scripts/train.py or of a study; finished
-    ones are taken as they are. Left out, DIR/parents."""
+    """Directory of the full-precision parents, as another study left them; finished ones are taken
+    as they are. Left out, DIR/parents."""
     checkpoint: Path | None = None
     """PyTorch's ResNet-20 (an .npz file of its state dict) that the preset literature starts from;
     left out, it trains one."""

@@ -18,7 +18,7 @@ from compand_jax.recipes import CONTROL, FULL_PRECISION, METHODS, RunConfig, pre
 from compand_jax.reports import results_table
 from compand_jax.study import shard
 from compand_jax.study_grid import STUDIES, study_cells
-from compand_jax.study_tables import read_csv
+from compand_jax.study_report import read_records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -95,7 +95,7 @@ def test_studies_are_named_and_have_a_block():
     "path", sorted(ROOT.glob("results/*/results.csv")), ids=lambda path: path.parent.name
 )
 def test_records_of_studies_are_complete_and_small(path):
-    rows = {row["name"]: row for row in read_csv(path)}
+    rows = {record["row"]["name"]: record["row"] for record in read_records(path.parent)}
     cells = {cell.name: cell for cell in study_cells(path.parent.name)}
     if path.parent.name == "literature":
         checkpoint = Path("resnet20.npz")

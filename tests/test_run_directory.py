@@ -159,6 +159,19 @@ def test_files_are_whole_or_as_before(tmp_path, monkeypatch):
     assert snapshot(tmp_path) == {"result.json": b'{\n "a": 1\n}\n'}
 
 
+def test_writers_of_one_file_do_not_fail_each_other(tmp_path, monkeypatch):
+    path, replaces = tmp_path / "study.json", run_directory.os.replace
+
+    def after_another(source, target):
+        monkeypatch.setattr(run_directory.os, "replace", replaces)
+        write_json(path, {"a": 1})
+        replaces(source, target)
+
+    monkeypatch.setattr(run_directory.os, "replace", after_another)
+    write_json(path, {"a": 2})
+    assert snapshot(tmp_path) == {"study.json": b'{\n "a": 2\n}\n'}
+
+
 def test_results_come_in_the_order_of_the_stages(tmp_path):
     for name in (METHODS[3], FULL_PRECISION, METHODS[0]):
         (tmp_path / name).mkdir()

@@ -1,5 +1,6 @@
 """A study's cells: each run once, from one parent, whatever stops or fails; and shared out."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -30,7 +31,7 @@ from compand_jax.run_directory import read_config
 from compand_jax.stages import finished
 from compand_jax.study import Study, run_study, shard
 from compand_jax.study_estimates import estimates_table
-from compand_jax.study_grid import FIXED_255, PER_LAYER, grid
+from compand_jax.study_grid import FIXED_255, PER_LAYER, grid, study_cells
 from compand_jax.study_records import ROW, histogram_edges
 
 PARENT = tiny_config(Path(), steps_per_call=1)
@@ -284,6 +285,42 @@ def test_a_cell_that_another_process_is_at_is_left_to_it(done, tmp_path, tiny, t
 
 
 @pytest.mark.quick
+def test_cells_whose_parent_another_process_trains_come_last(tmp_path, monkeypatch):
+    fields = {"block_order": "norm_act_conv"}
+    second = replace(CELLS[0], parent=replace(PARENT, **fields),
+                     config=replace(CELLS[0].config, **fields))  # fmt: skip
+    here, order = at(tmp_path), []
+    here.parents_dir.mkdir()
+    with contextlib.ExitStack() as other:
+        other.enter_context(study._claimed(here.parents_dir / f"{PARENT_NAME}.lock", wait=False))
+
+        def train_stages(config, data, progress):
+            order.append(config.run_dir.name)
+            if config.run_dir.name == second.name:
+                other.close()
+
+        for name, function in {
+            "train_stages": train_stages,
+            "_data": lambda config: None,
+            "parent_record": lambda *args: {},
+            "cell_record": lambda *args: {},
+        }.items():
+            monkeypatch.setattr(study, name, function)
+        assert run_study(here, [CELLS[0], second], progress=False) == []
+    assert order == [second.parent_name, second.name, PARENT_NAME, CELLS[0].name]
+
+
+def test_missing_data_end_a_study_before_any_training(tmp_path, trained):
+    study._load.cache_clear()
+    cells = study_cells("laptop")
+    with pytest.raises(FileNotFoundError, match="`data_dir` must hold cifar10, got"):
+        run_study(at(tmp_path / "out", data_dir=tmp_path), cells, progress=False)
+    study._load.cache_clear()
+    assert not (tmp_path / "out").exists()
+    assert trained == {}
+
+
+@pytest.mark.quick
 def test_shards_are_a_partition():
     for n in (1, 2, 3, 7):
         parts = [[cell.name for cell in shard(CELLS, f"{i}/{n}")] for i in range(n)]
@@ -319,3 +356,9 @@ def test_steps_are_measured_where_none_is_recorded(tmp_path, tiny):  # noqa: F81
     assert ": 178 steps of 0." in text.splitlines()[0]  # two epochs of the parent
     assert "finished" not in text
     assert not any(tmp_path.iterdir())
+
+
+def test_a_parent_that_no_cell_needs_is_not_to_be_trained(done, tmp_path):
+    shutil.copytree(done / "records", tmp_path / "records")
+    text = estimates_table(at(tmp_path), CELLS)
+    assert all(line.endswith(": finished") for line in text.splitlines()[:-1])

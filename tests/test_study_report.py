@@ -1,6 +1,7 @@
 """A study's tables and report, from made-up records: against numbers worked out by hand."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import update_readme
 
 from compand_jax.run_directory import write_json
 from compand_jax.study_records import ROW
-from compand_jax.study_report import keep_report, read_records, study_block, write_report
-from compand_jax.study_tables import (
-    read_csv,
-    summary,
-    summary_text,
-    to_csv,
-    with_controls,
+from compand_jax.study_report import (
+    _texts,
+    keep_report,
+    read_records,
+    study_block,
+    write_report,
 )
+from compand_jax.study_tables import summary, summary_text, to_csv, with_controls
 
 SITES = {
     site: {"weight_bits": 2, "act_bits": 2, "grid": "midrise", "act_signed": site == "conv1"}
@@ -130,9 +131,14 @@ def test_text_says_what_was_compared():
     assert ["", "cnn", "digits", "conv_norm_act", "2/2", "81.00 % ± 1.41 (2)", "-9.00 ± 1.41 (2)",
             "-", "-", "+0.50 ± 1.41 (2)", "+9.50 ± 0.00 (2)", ""] in cells  # fmt: skip
     assert ["", "cnn", "digits", "conv_norm_act", "3/3", *"------", ""] in cells
-    # mu learned, as calibrated and 255, at the one seed that has all three.
-    assert ["", "cnn", "digits", "conv_norm_act", "2/2", "-0.50", "-1.00", "-19.75", ""] in cells
-    assert "full precision 75.00 % (conv_norm_act, 2 epochs), then 1 epochs, weights" in text
+    # mu learned, as calibrated and 255, at the one seed that has them.
+    mus = [line for line in cells if line[4:6] == ["2/2", "0"]]
+    assert [line[6:9] for line in mus] == [["-0.50", "-1.00", "-19.75"]]
+    assert (
+        "full precision 75.00 % (conv_norm_act, 2 epochs), then 1 epochs at learning rates "
+        "0.2 (3 bits), 0.1 (2 bits), weights"
+    ) in text
+    assert "then 1 epochs at learning rate 0.1, weights" in summary_text(with_controls(ROWS[:-1]))
     assert text.endswith("1 x CPU; 2026-01-02.")
     ends = [each | {"first_last_bits": 8} for each in ROWS if each["stage"] == "cell"]
     assert "first and last layer at 8 bits" in summary_text(with_controls(ends))
@@ -154,18 +160,29 @@ def test_text_says_which_seeds_start_from_which_parent():
 
 
 @pytest.mark.quick
-def test_csv_round_trip(tmp_path):
-    rows = with_controls(ROWS)
-    path = tmp_path / "results.csv"
-    path.write_text(to_csv(rows))
-    assert read_csv(path) == rows
-    with path.open(newline="") as file:
-        first = next(csv.DictReader(file))
-    assert (first["method"], first["weight_bits"], first["accuracy"]) == (
+def test_a_control_of_another_parent_is_none():
+    rows = [each | {"parent_accuracy": 76.0} if each["name"] == "uniform-1" else each
+            for each in ROWS]  # fmt: skip
+    found = {each["name"]: each["full_precision_accuracy"] for each in with_controls(rows)}
+    assert (found["uniform-1"], found["mu-1"]) == (None, 82.0)
+
+
+@pytest.mark.quick
+def test_csv():
+    found = list(csv.DictReader(io.StringIO(to_csv(with_controls(ROWS)))))
+    assert [each["name"] for each in found][:3] == ["parent", "control-0", "control-1"]
+    assert (found[0]["method"], found[0]["weight_bits"], found[0]["accuracy"]) == (
         "full_precision", "", "75.0")  # fmt: skip
-    path.write_text("network,accuracy\ncnn,1\n")
-    with pytest.raises(ValueError, match="`results` must hold this version's results.csv, got oth"):
-        read_csv(path)
+
+
+def test_range_of_mu_is_of_the_layers_at_those_bits(directory):
+    path = directory / "records" / "mu-0.json"
+    changed = json.loads(path.read_text())
+    changed["sites"]["conv1"] = SITES["conv1"] | {"weight_bits": 8}
+    changed["quantizers"]["conv1"] = {"weight_mu": 9.0, "act_mu": 5.0}
+    write_json(path, changed)
+    text = _texts(directory, read_records(directory))["report.md"]
+    assert "|  1.00 to 1.00 |      3.25 to 5.00 |" in text
 
 
 def test_report_is_made_of_the_records_alone(directory):
@@ -175,11 +192,13 @@ def test_report_is_made_of_the_records_alone(directory):
         "mu-cnn-digits.png", "levels-cnn-digits-w2a2.png",
     }  # fmt: skip
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in files if path.suffix == ".png")
-    rows = read_csv(directory / "results.csv")
-    assert rows == [each["row"] for each in read_records(directory)]
+    with (directory / "results.csv").open(newline="") as file:
+        found = [(each["name"], each["accuracy"]) for each in csv.DictReader(file)]
+    rows = [each["row"] for each in read_records(directory)]
+    assert found == [(each["name"], str(each["accuracy"])) for each in rows]
     text = (directory / "report.md").read_text()
     assert text.startswith("# The study smoke\n\n| network")
-    assert "| dense | 1.00    | 3.25        |" in text
+    assert "| dense |    1.00 |        3.25 |" in text
     assert "|  1.00 to 1.00 |      3.25 to 3.25 |" in text
     assert text.endswith("Made with jax 1.2.3.\n")
     (directory / "failures").mkdir()
@@ -205,14 +224,19 @@ def test_kept_records_fill_the_readme_and_only_agreeing_ones(directory, tmp_path
     update_readme.main(["--check"])
 
     (kept / "report.md").write_text("# The study smoke\n")
-    with pytest.raises(ValueError, match="`results` must have the tables of results.csv in report"):
+    with pytest.raises(ValueError, match="`results` must have the report.md of its records, got"):
+        study_block(kept)
+    write_report(kept)
+    path = kept / "summary.csv"
+    path.write_text(path.read_text().replace("-9.0", "-8.0"))
+    with pytest.raises(ValueError, match="`results` must have the summary.csv of its records, got"):
         study_block(kept)
     write_report(kept)
     path = kept / "records" / "mu-0.json"
     changed = json.loads(path.read_text())
     changed["row"]["accuracy"] = 79.9
     write_json(path, changed)
-    with pytest.raises(ValueError, match="`results` must have the rows of its records in results"):
+    with pytest.raises(ValueError, match="`results` must have the results.csv of its records, got"):
         update_readme.main(["--check"])
     write_report(kept)
     with pytest.raises(ValueError, match="`readme` must have the tables of results, got others"):
@@ -230,11 +254,46 @@ def test_a_new_report_replaces_what_was_kept(directory, tmp_path):
     assert study_block(kept)
     keep_report(kept, kept)
     assert study_block(kept)
+    assert [path.name for path in kept.parent.iterdir()] == ["smoke"]
+
+
+def test_of_a_failure_the_error_is_kept_without_its_traceback(directory, tmp_path):
+    kept = tmp_path / "results" / "smoke"
+    (directory / "failures").mkdir()
+    failure = {"name": "x", "error": "ValueError: no", "date": "2026-01-02", "traceback": ["/home"]}
+    write_json(directory / "failures" / "x.json", failure)
+    keep_report(directory, kept)
+    found = json.loads((kept / "failures" / "x.json").read_text())
+    assert found == {"name": "x", "error": "ValueError: no", "date": "2026-01-02"}
+    assert study_block(kept)
+
+
+def test_a_study_without_a_block_is_not_kept(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="`readme` must be a file, got README.md: correct"):
+        report.main([str(directory)])
+    Path("README.md").write_text("no block\n")
+    report.main([str(directory)])
+    assert "not kept: README.md has no block results:smoke" in capsys.readouterr().out
+    assert (directory / "report.md").is_file()
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"row": {}}', '{"row": {"name": "uniform-0"}}'])
+def test_damaged_records_are_named(directory, text):
+    path = directory / "records" / "uniform-0.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"must .*, got .*records/uniform-0\.json .*delete it"):
+        read_records(directory)
 
 
 def test_no_study_and_no_finished_cell(tmp_path):
     with pytest.raises(FileNotFoundError, match="`directory` must be a study's, with study.json"):
         report.main([str(tmp_path)])
+    for wrong in ({"preset": ""}, [], {"preset": ["smoke"]}):
+        write_json(tmp_path / "study.json", wrong)
+        with pytest.raises(ValueError, match=r"`preset` must be one of paper, .*study\.json: rest"):
+            report.main([str(tmp_path)])
     write_json(tmp_path / "study.json", {"preset": "smoke"})
     with pytest.raises(FileNotFoundError, match="`directory` must be a study's, with a finish"):
-        report.main([str(tmp_path)])
+        report.main([str(tmp_path), "--no-keep"])
