@@ -187,19 +187,20 @@ def _document(directory: Path, records: Sequence[Record]) -> str:
 def _text(records: Sequence[Record]) -> str:
     """Returns what is compared, and the range of the mu that was learned."""
     text = summary_text([record["row"] for record in records])
-    lines = [("network", "dataset", "arrangement", "W/A", "mu of weights", "mu of activations")]
+    header = ("network", "dataset", "arrangement", "W/A", "mu of weights", "mu of activations")
+    lines = []
     for record in (record for shown in _shown(records).values() for record in shown):
         row = record["row"]
         bits = f"{row['weight_bits']}/{row['act_bits']}"
         ranges = (_mu_range(record, operand) for operand in ("weight", "act"))
         lines.append((row["network"], row["dataset"], row["arrangement"], bits, *ranges))
-    if len(lines) == 1:
+    if not lines:
         return text
     note = (
         "mu learned per layer, from the smallest to the largest of the layers at those bits, of "
         "the first seed:"
     )
-    return f"{text}\n\n{note}\n\n{markdown_table(lines, text_columns=3)}"
+    return f"{text}\n\n{note}\n\n{markdown_table([header, *lines], text_columns=3)}"
 
 
 def _mu_range(record: Record, operand: str) -> str:
