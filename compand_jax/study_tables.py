@@ -191,10 +191,10 @@ def _made_with(rows: Sequence[Row]) -> str:
         cells = [row for row in group if row["stage"] != "parent"]
         ends = {row["first_last_bits"] for row in cells if row["first_last_bits"]}
         kept = ends - {row["weight_bits"] for row in cells}
+        epochs = "/".join(str(n) for n in sorted({row["epochs"] for row in cells}))
         parts.append(
             f"{model} on {dataset}: full precision {_parents(cells)}, then "
-            f"{'/'.join(str(n) for n in sorted({row['epochs'] for row in cells}))} epochs "
-            f"{_rates(cells)}"
+            f"{epochs} epoch{'s' * (epochs != '1')} {_rates(cells)}"
             + (f", first and last layer at {max(kept)} bits" if kept else "")
             + (", weights of 2 bits on the grid midrise"
                if any(row["weight_grid"] == "midrise" for row in cells) else "")

@@ -135,10 +135,10 @@ def test_text_says_what_was_compared():
     mus = [line for line in cells if line[4:6] == ["2/2", "0"]]
     assert [line[6:9] for line in mus] == [["-0.50", "-1.00", "-19.75"]]
     assert (
-        "full precision 75.00 % (conv_norm_act, 2 epochs), then 1 epochs at learning rates "
+        "full precision 75.00 % (conv_norm_act, 2 epochs), then 1 epoch at learning rates "
         "0.2 (3 bits), 0.1 (2 bits), weights"
     ) in text
-    assert "then 1 epochs at learning rate 0.1, weights" in summary_text(with_controls(ROWS[:-1]))
+    assert "then 1 epoch at learning rate 0.1, weights" in summary_text(with_controls(ROWS[:-1]))
     assert text.endswith("1 x CPU; 2026-01-02.")
     ends = [each | {"first_last_bits": 8} for each in ROWS if each["stage"] == "cell"]
     assert "first and last layer at 8 bits" in summary_text(with_controls(ends))
