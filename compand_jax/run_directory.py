@@ -105,7 +105,7 @@ def finished_stages(run_dir: str | Path) -> list[str]:
 def read_results(run_dir: str | Path) -> list[dict]:
     """Returns the results of a run's finished stages, in the order they are run."""
     names = finished_stages(run_dir)
-    return [json.loads((Path(run_dir) / name / "result.json").read_text()) for name in names]
+    return [read_json(Path(run_dir) / name / "result.json") for name in names]
 
 
 def read_json(path: str | Path) -> Any:
