@@ -162,15 +162,21 @@ def _laptop(checkpoint: Path | None) -> list[Cell]:
 def _paper(checkpoint: Path | None) -> list[Cell]:
     found = []
     for dataset in ("cifar10", "cifar100"):
-        vgg = dataclasses.replace(preset(f"vgg19-{dataset}"), epochs=100, finetune_epochs=10)
+        vgg = dataclasses.replace(
+            preset(f"vgg19-{dataset}"),
+            epochs=20,
+            learning_rate=0.05,
+            warmup_epochs=1.0,
+            finetune_epochs=2,
+        )
         alexnet = dataclasses.replace(
             preset(f"alexnet-{dataset}"),
             model="alexnet-bn",
-            epochs=100,
+            epochs=60,
             learning_rate=0.05,
             finetune_epochs=10,
         )
-        parents = [*_orders(vgg), *_orders(alexnet)]
+        parents = [*_orders(alexnet), *_orders(vgg)]
         for seed in range(3):
             for parent in parents:
                 found += grid(parent, bits=(4, 2, 3, 8), seeds=(seed,))

@@ -47,7 +47,8 @@ def test_paper():
                 wanted += expected(model, dataset, order, (2, 3, 4, 8), METHODS, range(3))
     assert counted("paper") == wanted
     first = study_cells("paper")[0].config
-    assert (first.model, first.dataset) == ("vgg19", "cifar10")
+    assert (first.model, first.dataset) == ("alexnet-bn", "cifar10")
+    assert (first.finetune_epochs, study_cells("paper")[0].parent.epochs) == (10, 60)
 
 
 def test_laptop():
