@@ -11,7 +11,7 @@ import jax
 from command_line import parse, run_script
 from tqdm import tqdm
 
-from compand_jax.benchmark import (
+from compand_jax.experiments.benchmark.measure import (
     FULL,
     METHODS,
     QWIX,
@@ -22,10 +22,10 @@ from compand_jax.benchmark import (
     make_network,
     quantized,
 )
-from compand_jax.benchmark_frozen import FROZEN, compare_frozen
-from compand_jax.benchmark_report import CURVES, benchmark_text, plot_curves
-from compand_jax.config import QuantConfig
-from compand_jax.run_directory import provenance, write_json, write_text
+from compand_jax.experiments.benchmark.measure_frozen import FROZEN, compare_frozen
+from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
+from compand_jax.experiments.runs.directory import provenance, write_json, write_text
+from compand_jax.layers.config import QuantConfig
 
 _PARTS = ("steps", "copies", "frozen", "fit", *CURVES)
 _FROZEN = (("vgg19", 16), ("alexnet", 16))

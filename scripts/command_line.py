@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from compand_jax.config import INHERIT, Rule
+from compand_jax.layers.config import INHERIT, Rule
 
 Config = TypeVar("Config")
 

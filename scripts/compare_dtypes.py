@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from command_line import parse, run_script
 
-from compand_jax.experiments import run
-from compand_jax.recipes import FULL_PRECISION, RunConfig
-from compand_jax.run_directory import provenance, read_results, write_json, write_text
+from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig
+from compand_jax.experiments.runs.directory import provenance, read_results, write_json, write_text
+from compand_jax.experiments.runs.run import run
 
 _DTYPES = ("float32", "bfloat16")
 _METHOD = "mu_law-per_layer"

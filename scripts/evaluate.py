@@ -8,9 +8,9 @@ from typing import Annotated
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.artifacts import compare, count_correct, load_predictor
-from compand_jax.data import load_data
-from compand_jax.experiments import (
+from compand_jax.data.images import load_data
+from compand_jax.experiments.runs.artifacts import compare, count_correct, load_predictor
+from compand_jax.experiments.runs.run import (
     evaluate_stage,
     finished_stages,
     load_run_data,

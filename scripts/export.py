@@ -11,15 +11,15 @@ from typing import Annotated, Literal
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.artifacts import (
+from compand_jax.data.images import load_data
+from compand_jax.experiments.runs.artifacts import (
     compare,
     export,
     freeze_stage,
     predictor,
     quantized_stages,
 )
-from compand_jax.data import load_data
-from compand_jax.run_directory import read_config
+from compand_jax.experiments.runs.directory import read_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.cifar import is_prepared
-from compand_jax.data import prepare_cifar
+from compand_jax.data.cifar import is_prepared
+from compand_jax.data.images import prepare_cifar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.post_training_run import PostTrainingConfig, run
+from compand_jax.experiments.ptq.run import PostTrainingConfig, run
 
 
 def main(args: list[str]) -> None:

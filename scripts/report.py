@@ -13,7 +13,7 @@ import tyro
 import update_readme
 from command_line import parse, run_script
 
-from compand_jax.study_report import keep_report, preset_of, write_report
+from compand_jax.experiments.study.report import keep_report, preset_of, write_report
 
 
 @dataclasses.dataclass(frozen=True)

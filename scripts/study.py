@@ -14,9 +14,9 @@ from typing import Annotated
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.study import Study, run_study, shard
-from compand_jax.study_estimates import estimates_table
-from compand_jax.study_grid import STUDIES, study_cells
+from compand_jax.experiments.study.estimates import estimates_table
+from compand_jax.experiments.study.grid import STUDIES, study_cells
+from compand_jax.experiments.study.run import Study, run_study, shard
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import sys
 
 from command_line import parse, run_script
 
-from compand_jax.distributed import initialize, is_main
-from compand_jax.experiments import run
-from compand_jax.recipes import PRESETS, RunConfig, preset
+from compand_jax.experiments.runs.config import PRESETS, RunConfig, preset
+from compand_jax.experiments.runs.run import run
+from compand_jax.training.distributed import initialize, is_main
 
 
 def main(args: list[str]) -> None:

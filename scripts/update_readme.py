@@ -8,10 +8,10 @@ from pathlib import Path
 
 from command_line import parse, run_script
 
-from compand_jax.benchmark_report import benchmark_text
-from compand_jax.post_training_record import document
-from compand_jax.reports import results_table
-from compand_jax.study_report import study_block
+from compand_jax.experiments.benchmark.report import benchmark_text
+from compand_jax.experiments.ptq.record import document
+from compand_jax.experiments.runs.report import results_table
+from compand_jax.experiments.study.report import study_block
 
 _BENCHMARK = re.compile(
     r"(<!-- (?P<name>benchmark-\w+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL

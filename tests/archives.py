@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 
-from compand_jax import cifar_archive
+from compand_jax.data import cifar_archive
 
 TRAIN, TEST = 12, 5
 

@@ -14,10 +14,10 @@ import optax
 from tiny_runs import TinyNet
 
 import compand_jax as cj
-from compand_jax.checkpoints import Checkpoints
-from compand_jax.data import ImageData
-from compand_jax.distributed import data_mesh, initialize, is_main, replicate, split
-from compand_jax.training import FitConfig, create_state, evaluate, fit
+from compand_jax.data.images import ImageData
+from compand_jax.training.checkpoints import Checkpoints
+from compand_jax.training.distributed import data_mesh, initialize, is_main, replicate, split
+from compand_jax.training.fit import FitConfig, create_state, evaluate, fit
 
 
 def images(seed, n):

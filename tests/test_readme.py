@@ -12,13 +12,13 @@ import pytest
 import study
 import update_readme
 
-from compand_jax.post_training_record import document, results_by_setting
-from compand_jax.post_training_tables import base_setting, tables
-from compand_jax.recipes import CONTROL, FULL_PRECISION, METHODS, RunConfig, preset
-from compand_jax.reports import results_table
-from compand_jax.study import shard
-from compand_jax.study_grid import STUDIES, study_cells
-from compand_jax.study_report import read_records
+from compand_jax.experiments.ptq.record import document, results_by_setting
+from compand_jax.experiments.ptq.tables import base_setting, tables
+from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, METHODS, RunConfig, preset
+from compand_jax.experiments.runs.report import results_table
+from compand_jax.experiments.study.grid import STUDIES, study_cells
+from compand_jax.experiments.study.report import read_records
+from compand_jax.experiments.study.run import shard
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

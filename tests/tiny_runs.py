@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compand_jax import experiments, stages
-from compand_jax.data import ImageData, pixel_statistics
-from compand_jax.recipes import RunConfig
+from compand_jax.data.images import ImageData, pixel_statistics
+from compand_jax.experiments.runs import run as experiments
+from compand_jax.experiments.runs import stages
+from compand_jax.experiments.runs.config import RunConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CLASSES = 3

@@ -1,0 +1,1 @@
+"""mu and scale of arrays, without a model."""

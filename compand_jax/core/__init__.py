@@ -1,0 +1,1 @@
+"""The equation: companding, its codebooks, the quantizers and their gradients."""

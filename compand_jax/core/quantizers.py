@@ -1,0 +1,311 @@
+"""Quantize, dequantize, and fake quantization with straight-through gradients.
+
+    Q(x) = sign(x) c G(y_q)
+
+with the scale c, the inverse G of the mu-law curve F, and y_q the nearest grid point to F(|x|/c),
+all in `codebooks`.
+
+Source: Osama, Madian, Fouda, "Companding quantization for deep neural networks", Applied Soft
+Computing 185, 113979, 2025, doi 10.1016/j.asoc.2025.113979; straight-through gradients after
+Bengio, Leonard, Courville, 2013, arXiv 1308.3432, and, for the scale, Esser et al., "Learned
+step size quantization", ICLR 2020.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
+
+from compand_jax.core.codebooks import (
+    Spec,
+    check_parameters,
+    check_spec,
+    half_table,
+    look_up,
+    positions,
+    take,
+)
+from compand_jax.core.companding import compute_dtype, log1p_ratio, power_series
+from compand_jax.core.sums import sum_both
+
+GRADIENTS = ("identity", "chain")
+
+# log(256): mu = 255 is the largest for which the number of terms below is meant.
+_LARGEST_LOG = math.log(256.0)
+
+
+def quantize(
+    x: ArrayLike,
+    mu: ArrayLike,
+    scale: ArrayLike,
+    *,
+    bits: int,
+    signed: bool = True,
+    grid: str = "midtread",
+) -> Integer[Array, "..."]:
+    """Returns the integer code of each value: how many thresholds lie between it and zero.
+
+    Args:
+      x: Values, floating, any shape; beyond the scale they are clipped. NaN has code 0.
+      mu: Curvature, at least 0; a scalar or of x's rank, broadcast.
+      scale: Clip c > 0, in the units of x; a scalar or of x's rank, broadcast.
+      bits: Bits per code, 1 to 8.
+      signed: Whether x has a sign; where not, x <= 0 has code 0.
+      grid: "midtread" or "midrise".
+
+    Returns:
+      Codes of x's shape: int8 in [-M, M] (midtread) or [-H, H - 1] (midrise), uint8 in [0, M]
+      where unsigned.
+
+    Raises:
+      TypeError: x is not floating.
+      ValueError: as `codebook`, or mu or scale do not broadcast to x.
+
+    >>> print(quantize(jnp.array([-2.0, -0.2, 0.0, 0.3, 0.9]), 2.0, 1.0, bits=3))
+    [-3 -1  0  1  3]
+    """
+    spec = check_spec(bits, signed, grid)
+    return _quantize(*_check_operands(x, mu, scale), spec)
+
+
+def dequantize(
+    codes: ArrayLike,
+    mu: ArrayLike,
+    scale: ArrayLike,
+    *,
+    bits: int,
+    signed: bool = True,
+    grid: str = "midtread",
+    dtype: Any = jnp.float32,
+) -> Float[Array, "..."]:
+    """Returns the level of each code: sign(k) c G(|k|/M), or c G((k + 1/2)/H) on midrise.
+
+    Args:
+      codes: Codes as `quantize` returns them, int8 (signed) or uint8, any shape.
+      mu: Curvature, at least 0; a scalar or of the codes' rank, broadcast.
+      scale: Clip c > 0, in the units of x; a scalar or of the codes' rank, broadcast.
+      bits: Bits per code, 1 to 8.
+      signed: Whether the codes have a sign.
+      grid: "midtread" or "midrise".
+      dtype: Floating type of the result.
+
+    Returns:
+      Levels of the codes' shape, equal to `fake_quantize` of the values they came from.
+
+    Raises:
+      TypeError: the codes are not of the type that `quantize` returns, or `dtype` is not floating.
+      ValueError: as `quantize`, or a concrete code is out of range.
+
+    >>> print(dequantize(jnp.array([-3, 0, 2], jnp.int8), 0.0, 3.0, bits=3))
+    [-3.  0.  2.]
+    """
+    spec = check_spec(bits, signed, grid)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating, got {dtype}")
+    codes = jnp.asarray(codes)
+    if codes.dtype != spec.code_dtype:
+        wanted = jnp.dtype(spec.code_dtype).name
+        raise TypeError(f"`codes` must be {wanted} for signed={signed}, got {codes.dtype}")
+    _check_codes(codes, spec)
+    mu, scale = check_parameters(
+        mu, scale, dtype=compute_dtype(jnp.dtype(dtype)), like=("codes", codes.shape)
+    )
+    return _dequantize(codes, mu, scale, spec, jnp.dtype(dtype))
+
+
+def fake_quantize(
+    x: ArrayLike,
+    mu: ArrayLike,
+    scale: ArrayLike,
+    *,
+    bits: int,
+    signed: bool = True,
+    grid: str = "midtread",
+    gradient: str = "identity",
+) -> Float[Array, "..."]:
+    """Returns each value moved to its level, Q(x) = sign(x) c G(y_q), differentiably.
+
+    Args:
+      x: Values, floating, any shape; beyond the scale they are clipped. NaN stays NaN.
+      mu: Curvature, at least 0; a scalar or of x's rank, broadcast.
+      scale: Clip c > 0, in the units of x; a scalar or of x's rank, broadcast.
+      bits: Bits per value, 1 to 8.
+      signed: Whether x has a sign; where not, x <= 0 gives 0 and passes no gradient.
+      grid: "midtread" or "midrise".
+      gradient: What dQ/dx is inside the clip: "identity" is 1, "chain" is the chain rule
+        through both curves, (1 + mu v_q)/(1 + mu v).
+
+    Returns:
+      Levels, of x's shape and dtype; the table is float32 or wider.
+
+    Gradient: rounding passes its own. With v_q = G(y_q) and y = F(v),
+      in x: 1 for |x| < c, else 0;
+      in mu: sign(x) (c/mu) [(1 + mu v_q)(y_q - y)/(1 + mu) + (v - v_q)/(1 + mu v)], its limit
+        sign(x) c (v_q - v)(v_q + v - 1)/2 at mu = 0; outside the clip v = y = 1;
+      in scale: sign(x) (v_q - v) for |x| < c, sign(x) v_q outside.
+
+    Raises:
+      TypeError: x is not floating.
+      ValueError: as `quantize`, or `gradient` is unknown.
+
+    >>> print(fake_quantize(jnp.array([-2.0, -0.6, 0.1, 0.8]), 0.0, 1.0, bits=2))
+    [-1. -1.  0.  1.]
+    >>> print(jax.grad(lambda c: fake_quantize(5.0, 2.0, c, bits=4))(1.0))
+    1.0
+    """
+    spec = check_spec(bits, signed, grid)
+    if gradient not in GRADIENTS:
+        raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+    return _straight_through(*_check_operands(x, mu, scale), spec, gradient == "chain")
+
+
+def _check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Array, Array, Array]:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating, got {x.dtype}: convert it with x.astype(float)")
+    return x, *check_parameters(mu, scale, dtype=compute_dtype(x.dtype), like=("x", x.shape))
+
+
+def _check_codes(codes: Array, spec: Spec) -> None:
+    if isinstance(codes, Tracer) or codes.size == 0:
+        return
+    low, top = -spec.steps if spec.signed else 0, spec.steps - int(spec.midrise)
+    host = np.asarray(codes)
+    if host.min() < low or host.max() > top:
+        raise ValueError(
+            f"`codes` must be in [{low}, {top}] at {spec.bits} bits, "
+            f"got {host.min()} to {host.max()}"
+        )
+
+
+# What is jitted: mu and scale are arguments of it also when called eagerly, so that a table is
+# the same to the last bit in all of them.
+
+
+def _magnitude(x: Array, spec: Spec) -> Array:
+    """Returns |x| where signed, max(x, 0) where not."""
+    return jnp.abs(x) if spec.signed else jnp.maximum(x, 0)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
+    x = x.astype(mu.dtype)
+    counts = jnp.arange(len(positions(spec)[0]), dtype=jnp.int32)
+    k = look_up(_magnitude(x, spec), mu, scale, counts, spec)
+    return jnp.where(x < 0, -k - int(spec.midrise), k).astype(spec.code_dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _dequantize(codes: Array, mu: Array, scale: Array, spec: Spec, dtype: Any) -> Array:
+    levels, _ = half_table(mu, scale, spec)
+    k = codes.astype(jnp.int32)
+    magnitude = take(levels, jnp.where(k < 0, -k - int(spec.midrise), k))
+    return jnp.where(k < 0, 0 - magnitude, magnitude).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool) -> Array:
+    return _nearest_level(x, mu, scale, spec)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
+    wide = x.astype(mu.dtype)
+    levels, _ = half_table(mu, scale, spec)
+    level = look_up(_magnitude(wide, spec), mu, scale, levels, spec)
+    # 0 - level, not -level: the level at zero has one sign, as its code has.
+    signed = jnp.where(wide < 0, 0 - level, level) if spec.signed else level
+    return jnp.where(jnp.isnan(wide), wide, signed).astype(x.dtype)
+
+
+def _straight_through_fwd(
+    x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
+) -> tuple[Array, tuple]:
+    return _nearest_level(x, mu, scale, spec), (x, mu, scale)
+
+
+def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
+    return _pull_back(*residuals, cotangent, spec, chain)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _pull_back(
+    x: Array, mu: Array, scale: Array, cotangent: Array, spec: Spec, chain: bool
+) -> tuple[Array, Array, Array]:
+    g = cotangent.astype(mu.dtype)
+    wide = x.astype(mu.dtype)
+    magnitude = _magnitude(wide, spec)
+    table, _ = half_table(mu, jnp.ones_like(scale), spec)
+    v = jnp.minimum(magnitude / scale, 1)
+    v_q = look_up(magnitude, mu, scale, table, spec)
+
+    inside = magnitude < scale
+    passes = inside if spec.signed else inside & (wide > 0)
+    slope = (1 + mu * v_q) / (1 + mu * v) if chain else 1
+    dx = jnp.where(passes, slope * g, 0).astype(x.dtype)
+    signed_g = jnp.where(wide < 0, -g, g)
+    dmu = signed_g * scale * _level_slope_in_mu(v, v_q, mu, spec)
+    dscale = signed_g * jnp.where(inside, v_q - v, v_q)
+    return dx, *sum_both(dmu, dscale, mu.shape, scale.shape)
+
+
+_straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
+
+
+def _level_slope_in_mu(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
+    """Returns dv_q/dmu with rounding passed through, without cancellation or a logarithm of v.
+
+    The textbook form (1/mu)[(1+mu v_q)(y_q-y)/(1+mu) + (v-v_q)/(1+mu v)] is 0/0 at mu = 0. With
+    d = y_q - y, L = log(1+mu), q = L/mu and s(z) = (expm1(z) - z)/z^2 it equals
+
+        d [(1 - q)/mu - (1 - v_q)/(1 + mu) - q^2 d s(d L)],
+
+    every term smooth through mu = 0, where it is (v_q - v)(v_q + v - 1)/2. And d needs no F(v):
+
+        d L = log((1 + mu v_q)/(1 + mu v)) = 2 atanh(t),   t = mu (v_q - v)/(2 + mu (v_q + v)).
+
+    |d| is at most half a step, so both series are short: the fewer levels, the longer.
+    """
+    q = log1p_ratio(mu)
+    d = _position_error(v, v_q, mu, spec)
+    z_max = _LARGEST_LOG / (2 * spec.steps)
+    count = _terms_needed(lambda n: z_max**n / math.factorial(n + 2))
+    s = power_series(d * (q * mu), tuple(1 / math.factorial(n + 2) for n in range(count)))
+    return d * (_one_minus_q_over_mu(mu) - (1 - v_q) / (1 + mu) - q * q * d * s)
+
+
+def _position_error(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
+    """Returns d = y_q - F(v) as above, divided by no mu."""
+    t_max = math.tanh(_LARGEST_LOG / (4 * spec.steps))
+    few_steps = t_max > 0.7  # then the series would be long, and d is large enough for logarithms
+    t_max = min(t_max, 0.2) if few_steps else t_max
+    difference, total = v_q - v, 2 + mu * (v_q + v)
+    t = mu * difference / total
+    count = _terms_needed(lambda n: t_max ** (2 * n) / (2 * n + 1))
+    series = power_series(t * t, tuple(1 / (2 * n + 1) for n in range(count)))
+    d = 2 * difference / total * series / log1p_ratio(mu)
+    if not few_steps:
+        return d
+    logs = (jnp.log1p(mu * v_q) - jnp.log1p(mu * v)) / jnp.log1p(jnp.where(mu > 0, mu, 1))
+    return jnp.where(jnp.abs(t) < t_max, d, logs)
+
+
+def _terms_needed(term: Callable[[int], float]) -> int:
+    """Returns how many terms of a series there are before one that float32 does not see."""
+    return next(n for n in range(1, 99) if term(n) < 2.0**-24)
+
+
+@jax.jit  # so that it is traced once, for all sites
+def _one_minus_q_over_mu(mu: Array) -> Array:
+    """Returns (1 - q(mu))/mu = (mu - log1p(mu))/mu^2, 1/2 at mu = 0."""
+    near = mu < 0.2
+    safe = jnp.where(near, 1, mu)
+    series = power_series(mu, tuple((-1.0) ** n / (n + 2) for n in range(12)))
+    return jnp.where(near, series, (1 - log1p_ratio(safe)) / safe)

@@ -1,0 +1,1 @@
+"""Images: CIFAR, the digits, augmentation."""

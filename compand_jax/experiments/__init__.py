@@ -1,0 +1,1 @@
+"""The research harness: runs, calibration without training, studies, benchmark."""

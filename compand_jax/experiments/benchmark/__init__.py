@@ -1,0 +1,1 @@
+"""Time and memory of quantized networks against full precision."""

@@ -1,0 +1,1 @@
+"""A trained network quantized without training, over many settings."""

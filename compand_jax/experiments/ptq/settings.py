@@ -1,0 +1,306 @@
+"""Quantizing a trained network without training, and what it costs in accuracy.
+
+A `TrainedNetwork` is observed once; each `Setting` is then calibrated from what was seen, and
+evaluated. Where only weights are quantized, the network itself is evaluated with levels in place
+of its kernels: the same result, and one compilation for all settings.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from compand_jax.core.quantizers import fake_quantize
+from compand_jax.data.calibration_images import BATCH_SIZE, CalibrationImages
+from compand_jax.data.images import ImageData
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.config import QuantConfig, Rule
+from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
+from compand_jax.linen.model_calibration import Observations, observe
+from compand_jax.linen.model_size import model_bytes
+from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
+from compand_jax.training.steps import Model, evaluate
+
+_MODEL_KWARGS = {"train": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How a trained network is quantized: a row of a table.
+
+    Attributes:
+      weight_bits: bits per weight, 1 to 8.
+      act_bits: bits per activation, 1 to 8; None is full precision.
+      quantizer: "mu_law" or "uniform".
+      weight_granularity: "tensor" or "channel".
+      grid: the weights', "midtread" or "midrise".
+      mu_scope: "single", "separate" or "per_layer".
+      calibration: as `QuantizedModel.calibrate`.
+      error_feedback: as `QuantizedModel.calibrate`.
+      batch_stats: as `QuantizedModel.calibrate`.
+      rules: exceptions by site.
+    """
+
+    weight_bits: int
+    act_bits: int | None = None
+    quantizer: str = "mu_law"
+    weight_granularity: str = "tensor"
+    grid: str = "midtread"
+    mu_scope: str = "per_layer"
+    calibration: str = "mse"
+    error_feedback: bool = False
+    batch_stats: bool = True
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def config(self) -> QuantConfig:
+        """The quantized model's configuration; ValueError if a field is out of its range."""
+        names = {field.name for field in dataclasses.fields(QuantConfig)}
+        fields = {name: value for name, value in vars(self).items() if name in names}
+        return QuantConfig(**fields)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedNetwork:
+    """A trained network, the data that it is tested on, and what was seen of it.
+
+    Attributes:
+      model: the Linen module, called with `train`.
+      variables: its collections.
+      data: whose test images are classified, with the normalization of the network's training.
+      calibration: what it was observed on.
+      seen: its observations, with moments.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    data: ImageData
+    calibration: CalibrationImages
+    seen: Observations
+
+
+def observe_network(
+    model: nn.Module, variables: dict[str, Any], data: ImageData, calibration: CalibrationImages
+) -> TrainedNetwork:
+    """Returns the network with what calibration needs to know of it, from one pass.
+
+    Raises:
+      ValueError: a variable is not finite.
+    """
+    require_finite(variables)
+    seen = observe(
+        model,
+        variables,
+        calibration,
+        _MODEL_KWARGS,
+        at_output=False,
+        activations=True,
+        moments=True,
+    )
+    return TrainedNetwork(model, variables, data, calibration, seen)
+
+
+def require_finite(variables: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming them by path, where variables hold NaN or infinity."""
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        if not bool(jnp.all(jnp.isfinite(leaf)))
+    ]
+    if bad:
+        raise ValueError(
+            f"`checkpoint` must hold finite numbers, got NaN or infinity in {', '.join(bad)}: "
+            "give one of a training that did not diverge"
+        )
+
+
+def quantize_network(
+    network: TrainedNetwork, setting: Setting
+) -> tuple[QuantizedModel, dict[str, Any]]:
+    """Returns the network calibrated as the setting says, all but its batch-norm statistics."""
+    return quantize_model(network.model, setting.config).calibrate_from(
+        network.seen,
+        network.variables,
+        calibration=setting.calibration,
+        error_feedback=setting.error_feedback,
+    )
+
+
+def quantized_params(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `params` with every quantized kernel replaced by its levels.
+
+    For models whose layers use their kernels as they are stored: the model itself with these
+    computes what the quantized model does whose activations are in full precision, bit for bit.
+    """
+    flat = dict(flatten_dict(variables["params"]))
+    for name, found in qmodel.quantizers(variables).items():
+        if "weight_scale" in found:
+            path, spec = (*par.site_path(name), "kernel"), qmodel.site(name).spec("weight")
+            mu, scale = found["weight_mu"], found["weight_scale"]
+            flat[path] = _levels(flat[path], mu, scale, bits=spec.bits, grid=spec.grid)
+    return unflatten_dict(flat)
+
+
+_levels = jax.jit(fake_quantize, static_argnames=("bits", "signed", "grid"))
+
+
+def with_levels(
+    qmodel: QuantizedModel, variables: Mapping[str, Any]
+) -> tuple[Model, dict[str, Any]]:
+    """Returns a model, and its variables, that computes what the quantized one does.
+
+    With levels in place of its kernels, as `quantized_params`, it quantizes activations alone, or
+    nothing where these are in full precision. It is the same for all weights' settings and
+    mu scopes, and so compiled once for all of them.
+    """
+    config, compand = qmodel.config, variables["compand"]
+    levels = {**variables, "params": quantized_params(qmodel, variables)}
+    del levels["compand"]
+    if not config.quantizes_activations:
+        return qmodel.model, levels
+    exact: dict[str, Any] = {"weight_bits": None, "grid": "midtread"}
+    exact_config = {**exact, "weight_granularity": "tensor"}
+    rules = tuple(dataclasses.replace(rule, **exact_config) for rule in config.rules)
+    own = dataclasses.replace(config, **exact_config, mu_scope="per_layer", rules=rules)
+    assert qmodel.sites is not None
+    sites = {name: dataclasses.replace(site, **exact, scale_axes=())
+             for name, site in qmodel.sites.items()}  # fmt: skip
+    own_compand: dict[str, Any] = {}
+    for name, operand in par.quantized_operands(compand):
+        if operand == "act":
+            scale_path = par.scale_path(name, operand)
+            par.set_leaf(own_compand, scale_path, par.get_leaf(compand, scale_path))
+            shared, mu_path = (par.mu_path(name, operand, one) for one in (config, own))
+            if shared is not None and mu_path is not None:
+                par.set_leaf(own_compand, mu_path, par.get_leaf(compand, shared))
+    return quantize_model(qmodel.model, own, sites=sites), {**levels, "compand": own_compand}
+
+
+def reestimated(
+    model: Model, variables: Mapping[str, Any], batches: Iterable[Array]
+) -> dict[str, Any]:
+    """Returns the variables with `batch_stats`, where there are any, estimated anew from batches.
+
+    As `QuantizedModel.calibrate` with `batch_stats=True`, compiled once for each model.
+    """
+    if "batch_stats" not in variables:
+        return dict(variables)
+    update = functools.partial(_update_batch_stats, model=model)
+    return {**variables, "batch_stats": estimate_batch_stats(variables, batches, update)}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _update_batch_stats(variables, args, *, model):
+    return update_batch_stats(model.apply, variables, args, _MODEL_KWARGS)
+
+
+def evaluate_setting(network: TrainedNetwork, setting: Setting) -> dict[str, Any]:
+    """Returns a setting's fields, and what it gives.
+
+    That is: `correct`, `total` and `accuracy` (percent) on the test images, `mean_weight_bits`
+    over the quantized weights, `model_bytes`, `weight_sqnr` (dB, of all weights together; None
+    where nothing is lost), `calibration_seconds` and `evaluation_seconds`.
+    """
+    began = time.perf_counter()
+    qmodel, calibrated = quantize_network(network, setting)
+    model, variables = with_levels(qmodel, calibrated)
+    params = variables["params"]
+    if setting.batch_stats:
+        variables = reestimated(model, variables, network.calibration)
+    variables = jax.block_until_ready(variables)
+    calibrated_at = time.perf_counter()
+    correct, total = count_correct(network, model, variables), len(network.data.test_labels)
+    return dataclasses.asdict(setting) | {
+        "accuracy": 100 * correct / total,
+        "correct": correct,
+        "total": total,
+        "mean_weight_bits": mean_weight_bits(network, qmodel),
+        "model_bytes": model_bytes(calibrated, qmodel.sites),
+        "weight_sqnr": sqnr(network.variables["params"], params),
+        "calibration_seconds": round(calibrated_at - began, 2),
+        "evaluation_seconds": round(time.perf_counter() - calibrated_at, 2),
+    }
+
+
+def evaluate_full_precision(network: TrainedNetwork) -> dict[str, Any]:
+    """Returns `correct`, `total`, `accuracy` and `model_bytes` of the network as it is.
+
+    And `reestimated_correct`, with its batch-norm statistics from the calibration images: what
+    these alone cost.
+    """
+    correct = count_correct(network, network.model, network.variables)
+    variables = reestimated(network.model, network.variables, network.calibration)
+    return {
+        "accuracy": 100 * correct / len(network.data.test_labels),
+        "correct": correct,
+        "total": len(network.data.test_labels),
+        "reestimated_correct": count_correct(network, network.model, variables),
+        "model_bytes": model_bytes(network.variables),
+    }
+
+
+def count_correct(network: TrainedNetwork, model: Model, variables: Mapping[str, Any]) -> int:
+    """Returns how many test images a model classifies correctly."""
+    data = network.data
+    return evaluate(
+        model,
+        dict(variables),
+        data.test_images,
+        data.test_labels,
+        mean=data.mean,
+        std=data.std,
+        batch_size=min(BATCH_SIZE, len(data.test_labels)),
+    )
+
+
+def weight_counts(network: TrainedNetwork) -> dict[str, int]:
+    """Returns the number of weights of every site, in the order that they run in."""
+    return {
+        name: sum(np.size(weight) for weight in network.seen.weights[name])
+        for name in network.seen.observers[0].layers
+    }
+
+
+def mean_weight_bits(network: TrainedNetwork, qmodel: QuantizedModel) -> float:
+    """Returns the bits per weight, averaged over the weights that are quantized."""
+    counts = weight_counts(network)
+    bits = {name: qmodel.site(name).weight_bits for name in counts}
+    quantized = {name: count for name, count in bits.items() if count is not None}
+    total = sum(counts[name] * count for name, count in quantized.items())
+    return total / sum(counts[name] for name in quantized)
+
+
+def sqnr(exact: Any, quantized: Any) -> float | None:
+    """Returns 10 log10(sum x^2 / sum (x - q)^2) in dB over two trees' leaves; None if equal.
+
+    Leaves that are the same in both are no part of it.
+
+    >>> round(sqnr({"a": np.ones(2), "b": np.ones(9)}, {"a": np.full(2, 0.9), "b": np.ones(9)}), 6)
+    20.0
+    """
+    power = noise = 0.0
+    for x, q in zip(jax.tree.leaves(exact), jax.tree.leaves(quantized), strict=True):
+        x, q = np.asarray(x, np.float64), np.asarray(q, np.float64)
+        if np.any(x != q):
+            power, noise = power + np.sum(x**2), noise + np.sum((x - q) ** 2)
+    return float(10 * np.log10(power / noise)) if noise and power else None
+
+
+def log_probabilities(
+    model: Model, variables: Mapping[str, Any], batches: Iterable[Array]
+) -> list[Float[Array, "batch classes"]]:
+    """Returns the logarithms of a network's softmax on each of the batches."""
+    return [_log_softmax(variables, batch, model=model) for batch in batches]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _log_softmax(variables, batch, *, model):
+    return jax.nn.log_softmax(model.apply(variables, batch, **_MODEL_KWARGS))

@@ -1,0 +1,283 @@
+"""What a run is: `RunConfig`, its presets, and how it is written to and read from JSON."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from compand_jax.calibration.fit import CALIBRATIONS, MU_MAX
+from compand_jax.data.images import DATASETS
+from compand_jax.layers.config import QuantConfig, Rule
+from compand_jax.models import BLOCK_ORDERS, MODELS
+
+FULL_PRECISION = "full_precision"
+CONTROL = "full_precision_continued"
+METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
+DTYPES = ("float32", "bfloat16", "float16")
+DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir", "parent_dir")
+PATH_FIELDS = (*DIRECTORY_FIELDS, "state_dict")
+# What changes no result but for rounding, so that a run may go on with another value.
+FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", "distributed", *DIRECTORY_FIELDS)
+# What only matters once a fine-tuning has begun.
+FINETUNE_FIELDS = (
+    "finetune_epochs",
+    "finetune_learning_rate",
+    "mu_learning_rate",
+    "scale_learning_rate",
+    "calibration",
+    "calibration_batches",
+    "calibration_mu",
+    "quant",
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Trains a network in full precision, then fine-tunes it quantized, each method alike."""
+
+    dataset: str = "digits"
+    """Data set: digits (embedded), cifar10 or cifar100 (see scripts/prepare_data.py)."""
+    model: str = "cnn"
+    """Network: cnn, alexnet, alexnet-bn, vgg11, vgg13, vgg16, vgg19, vgg-small, resnet20,
+    resnet32, resnet44 or resnet56."""
+    block_order: str = "conv_norm_act"
+    """Order within a block: conv_norm_act or norm_act_conv."""
+    dtype: str = "float32"
+    """Type of the computation: float32, bfloat16 or float16; parameters are float32."""
+    seed: int = 0
+    """Seed of parameters, shuffling and augmentation, from 0."""
+    epochs: int = 20
+    """Full-precision training, in epochs; 0 takes what state-dict or parent-dir gives."""
+    state_dict: Path | None = None
+    """File (.npz) of a PyTorch network's arrays that full precision starts from; None starts from
+    random parameters."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the pixels in [0, 1], per channel, that images are normalized with; None is that of
+    the data set."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation likewise."""
+    parent_dir: Path | None = None
+    """Run directory whose full precision the fine-tuning starts from; None trains it in this run's
+    own."""
+    finetune_epochs: int = 8
+    """Fine-tuning of each method, in epochs."""
+    methods: tuple[str, ...] = METHODS
+    """What is fine-tuned from the full-precision network, each with the same budget:
+    full_precision_continued (the control), uniform, mu_law-single, mu_law-separate,
+    mu_law-per_layer. They set quant.quantizer and quant.mu-scope."""
+    batch_size: int = 64
+    """Images a step, all devices together."""
+    learning_rate: float = 0.1
+    """Peak of the full-precision training's schedule (warm-up, then cosine to 0), of SGD with
+    Nesterov momentum 0.9."""
+    finetune_learning_rate: float = 0.02
+    """Peak of the fine-tuning's schedule, of the weights; the schedule is the same."""
+    mu_learning_rate: float = 3e-3
+    """Peak of the fine-tuning's schedule, of log(1 + mu), by Adam."""
+    scale_learning_rate: float = 1e-3
+    """Peak of the fine-tuning's schedule, of log(scale), by Adam."""
+    weight_decay: float = 5e-4
+    """L2 penalty's gradient, per unit of weight; on kernels only."""
+    warmup_epochs: float = 1.0
+    """Length of the linear warm-up, in epochs; at most half of a stage, whatever this says."""
+    pad: int = 0
+    """Augmentation: zeros around an image before it is cropped at random, in pixels."""
+    flip: bool = False
+    """Augmentation: whether images are mirrored at random."""
+    calibration: str = "mse"
+    """How mu and scale are found before they are learned: mse, absmax, percentile or
+    output (see `QuantizedModel.calibrate`)."""
+    calibration_batches: int = 4
+    """Training batches that are used for calibration."""
+    calibration_mu: float | None = None
+    """mu that calibration sets everywhere, 0 to 255, and fits the scales at; None fits mu too. With
+    mu-learning-rate 0 it stays there."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Quantization."""
+    steps_per_call: int = 2
+    """Most training steps in one compiled call; metrics are logged once a call. On a CPU the
+    compilation time grows with it."""
+    checkpoint_every: int = 1
+    """Distance of checkpoints, in epochs."""
+    distributed: bool = False
+    """Whether this is one of several processes that train together, on one machine or many; see
+    "Many machines" in the README."""
+    data_dir: Path = Path("data")
+    """Directory of the prepared data sets."""
+    run_dir: Path = Path("runs/digits")
+    """Directory of this run: configuration, metrics, checkpoints, results. The same command started
+    again goes on where it was stopped."""
+    record_dir: Path | None = None
+    """Directory that the small records (configuration, metrics, results, plot) are copied to at
+    the end; None for no copy."""
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            _require(self, name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+        for name, low in _INTEGERS.items():
+            value = getattr(self, name)
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            _require(self, name, ok, f"an integer of at least {low}")
+        for name, low in _RATES.items():
+            value = getattr(self, name)
+            ok = isinstance(value, int | float) and math.isfinite(value) and value >= low
+            _require(self, name, ok, f"a finite number of at least {low}")
+        started = self.state_dict is not None or self.parent_dir is not None
+        _require(self, "epochs", self.epochs > 0 or started,
+                 "an integer of at least 1, or 0 with `state_dict` or `parent_dir`")  # fmt: skip
+        mu = self.calibration_mu
+        ok = mu is None or (isinstance(mu, int | float) and 0 <= mu <= MU_MAX)
+        _require(self, "calibration_mu", ok, f"None or a number from 0 to {MU_MAX:g}")
+        ok = (self.mean is None) == (self.std is None)
+        _require(self, "std", ok, "given where `mean` is, and only there")
+        ok = set(self.methods) <= set(METHODS) and len(set(self.methods)) == len(self.methods)
+        _require(self, "methods", ok, "different ones of " + ", ".join(METHODS))
+
+
+_CHOICES = {
+    "dataset": DATASETS,
+    "model": tuple(MODELS),
+    "block_order": BLOCK_ORDERS,
+    "dtype": DTYPES,
+    "calibration": CALIBRATIONS,
+}
+_INTEGERS = {
+    "seed": 0,
+    "epochs": 0,
+    "finetune_epochs": 1,
+    "batch_size": 1,
+    "pad": 0,
+    "calibration_batches": 1,
+    "steps_per_call": 1,
+    "checkpoint_every": 1,
+}
+_RATES = {
+    "learning_rate": 0,
+    "finetune_learning_rate": 0,
+    "mu_learning_rate": 0,
+    "scale_learning_rate": 0,
+    "weight_decay": 0,
+    "warmup_epochs": 0,
+}
+
+
+def _require(config: RunConfig, name: str, ok: bool, required: str) -> None:
+    if not ok:
+        raise ValueError(f"`{name}` must be {required}, got {getattr(config, name)!r}: change it")
+
+
+def _cifar(name: str, model: str, dataset: str, **fields: Any) -> RunConfig:
+    defaults = {
+        "model": model,
+        "dataset": dataset,
+        "batch_size": 128,
+        "pad": 4,
+        "flip": True,
+        "steps_per_call": 5,
+        "run_dir": Path("runs") / name,
+    }
+    return RunConfig(**(defaults | fields))
+
+
+_RECIPES: dict[str, dict[str, Any]] = {
+    "alexnet": {
+        "learning_rate": 0.03,
+        "epochs": 15,
+        "finetune_epochs": 5,
+        "finetune_learning_rate": 0.01,
+        "warmup_epochs": 1.0,
+    },
+    "vgg19": {
+        "learning_rate": 0.1,
+        "epochs": 160,
+        "finetune_epochs": 20,
+        "finetune_learning_rate": 0.01,
+        "warmup_epochs": 5.0,
+    },
+    "resnet20": {
+        "learning_rate": 0.1,
+        "epochs": 160,
+        "finetune_epochs": 20,
+        "finetune_learning_rate": 0.01,
+        "warmup_epochs": 5.0,
+        "weight_decay": 1e-4,
+    },
+}
+
+PRESETS = MappingProxyType(
+    {"digits": RunConfig()}
+    | {
+        f"{model}-{dataset}": _cifar(f"{model}-{dataset}", model, dataset, **recipe)
+        for dataset in ("cifar10", "cifar100")
+        for model, recipe in _RECIPES.items()
+    }
+)
+"""The recipes by name; "digits" is the default."""
+
+
+def preset(name: str) -> RunConfig:
+    """Returns the preset of that name; ValueError if there is none.
+
+    >>> preset("alexnet-cifar10").batch_size
+    128
+    """
+    if name not in PRESETS:
+        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}: choose one")
+    return PRESETS[name]
+
+
+def to_json(config: RunConfig) -> dict:
+    """Returns the configuration as JSON can hold it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_json(stored: dict) -> RunConfig:
+    """Returns the configuration that `to_json` wrote; what is absent has its default."""
+    fields = dict(stored)
+    for name in PATH_FIELDS:
+        if fields.get(name) is not None:
+            fields[name] = Path(fields[name])
+    for name in ("mean", "std"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
+    fields["methods"] = tuple(fields.get("methods", METHODS))
+    quant = dict(fields.get("quant", {}))
+    quant["rules"] = tuple(Rule(**rule) for rule in quant.get("rules", ()))
+    fields["quant"] = QuantConfig(**quant)
+    return RunConfig(**fields)
+
+
+def unknown_fields(stored: dict) -> list[str]:
+    """Returns the names in a stored configuration that are no field of `RunConfig`, sorted."""
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    quant = stored.get("quant", {}).keys() - {f.name for f in dataclasses.fields(QuantConfig)}
+    return sorted([*(stored.keys() - known), *(f"quant.{name}" for name in quant)])
+
+
+def differences(stored: dict, config: RunConfig, *, finetune: bool = True) -> list[str]:
+    """Returns "name is x there, y here" of every field that can change a result.
+
+    Args:
+      stored: the other configuration, as `to_json` wrote it; what is absent has its default.
+      config: this configuration.
+      finetune: whether the fields of the fine-tuning count.
+    """
+    wanted, defaults = to_json(config), to_json(RunConfig())
+    rows = []
+    for name in wanted.keys() - set(FREE_FIELDS) - set(() if finetune else FINETUNE_FIELDS):
+        found = stored.get(name, defaults[name])
+        if name == "quant":
+            found = defaults["quant"] | found
+        if found != wanted[name]:
+            rows.append(f"{name} is {found!r} there, {wanted[name]!r} here")
+    return sorted(rows)

@@ -1,0 +1,1 @@
+"""Many fine-tunings compared: grid, records, tables, plots, report."""

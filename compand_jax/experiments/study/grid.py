@@ -1,0 +1,265 @@
+"""What a study compares: its cells, each a fine-tuning of a full-precision parent, by preset.
+
+A cell is a network, a data set, bits, a method, a mu scope, an arrangement and a seed. Its parent
+is one for all cells of a network, data set and arrangement; the seed is that of the fine-tuning.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from compand_jax.experiments.runs.checkpoint import NORMALIZATIONS
+from compand_jax.experiments.runs.config import CONTROL, METHODS, RunConfig, preset
+from compand_jax.layers.config import QuantConfig, Rule
+from compand_jax.models import BLOCK_ORDERS
+
+FIRST_ORDER, SECOND_ORDER = BLOCK_ORDERS
+PER_LAYER = "mu_law-per_layer"
+LEARNED, FIXED_CALIBRATED, FIXED_255 = "learned", "fixed_calibrated", "fixed_255"
+# The fields of a run that make each.
+_MU_FIELDS: dict[str, dict[str, Any]] = {
+    LEARNED: {},
+    FIXED_CALIBRATED: {"mu_learning_rate": 0.0},
+    FIXED_255: {"mu_learning_rate": 0.0, "calibration_mu": 255.0},
+}
+_FIRST_AND_LAST = "conv1|dense"
+_ENDS = Rule(_FIRST_AND_LAST, weight_bits=8, act_bits=8, grid="midtread")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning of a study.
+
+    Attributes:
+      parent: the run that trains the full-precision network.
+      config: the fine-tuning, by its one method; its directories are the study's to set.
+    """
+
+    parent: RunConfig
+    config: RunConfig
+
+    @property
+    def method(self) -> str:
+        """The one of `recipes.METHODS`, and the name of the cell's only stage."""
+        return self.config.methods[0]
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of weights and of activations; None in full precision."""
+        return None if self.method == CONTROL else self.config.quant.weight_bits
+
+    @property
+    def mu(self) -> str | None:
+        """How mu is found: `LEARNED`, `FIXED_CALIBRATED` or `FIXED_255`; None where there is none.
+
+        A mu that is not learned stays where calibration put it.
+        """
+        if not self.method.startswith("mu_law"):
+            return None
+        if self.config.mu_learning_rate > 0:
+            return LEARNED
+        return FIXED_CALIBRATED if self.config.calibration_mu is None else FIXED_255
+
+    @property
+    def parent_name(self) -> str:
+        """The parent's directory."""
+        imported = "" if self.parent.state_dict is None else "-imported"
+        return f"{network(self.parent)}-{self.parent.block_order}{imported}"
+
+    @property
+    def name(self) -> str:
+        """The cell's directory."""
+        if self.method == CONTROL:
+            what = f"control-lr{self.config.finetune_learning_rate:g}"
+        else:
+            what = f"w{self.bits}a{self.bits}-{self.method}"
+        fixed = "" if self.mu in (None, LEARNED) else f"-{self.mu}"
+        return f"{self.parent_name}-{what}{fixed}-seed{self.config.seed}"
+
+
+def network(config: RunConfig) -> str:
+    """Returns the network and the data set that it is for, as in the names of presets."""
+    return f"{config.model}-{config.dataset}"
+
+
+def grid(
+    parent: RunConfig,
+    *,
+    bits: Sequence[int],
+    methods: Sequence[str] = METHODS,
+    seeds: Sequence[int] = (0,),
+    mu: str = LEARNED,
+    ends: Rule | None = None,
+    **finetuning: Any,
+) -> list[Cell]:
+    """Returns the cells of every seed, the control (if it is among the methods) first.
+
+    Args:
+      parent: the full-precision run.
+      bits: of weights and activations. Weights of two bits are on the grid midrise: on midtread
+        they have three levels, which mu does not move.
+      methods: of `recipes.METHODS`.
+      seeds: of the fine-tuning.
+      mu: how the mu-law's mu is found.
+      ends: a rule for the first and the last layer.
+      **finetuning: fields of the fine-tuning.
+    """
+    found = []
+    for seed in seeds:
+        fields = {"seed": seed, **finetuning}
+        if CONTROL in methods:
+            config = dataclasses.replace(parent, **fields, methods=(CONTROL,), state_dict=None,
+                                         parent_dir=Path())  # fmt: skip
+            found.append(Cell(parent, config))
+        for count in bits:
+            quant = QuantConfig(
+                weight_bits=count,
+                act_bits=count,
+                grid="midrise" if count == 2 else "midtread",
+                rules=() if ends is None else (ends,),
+            )
+            for method in methods:
+                if method != CONTROL:
+                    config = dataclasses.replace(
+                        parent, **(fields | _MU_FIELDS[mu]), methods=(method,), quant=quant,
+                        state_dict=None, parent_dir=Path(),
+                    )  # fmt: skip
+                    found.append(Cell(parent, config))
+    return found
+
+
+def _orders(parent: RunConfig) -> list[RunConfig]:
+    return [dataclasses.replace(parent, block_order=order) for order in BLOCK_ORDERS]
+
+
+def _smoke(checkpoint: Path | None) -> list[Cell]:
+    parent = dataclasses.replace(preset("digits"), epochs=5, finetune_epochs=2)
+    return grid(parent, bits=(2,), methods=(CONTROL, "uniform", PER_LAYER))
+
+
+def _laptop(checkpoint: Path | None) -> list[Cell]:
+    parent = dataclasses.replace(
+        preset("alexnet-cifar10"),
+        model="alexnet-bn",
+        epochs=20,
+        learning_rate=0.05,
+        finetune_epochs=3,
+    )
+    first, second = _orders(parent)
+    some = (CONTROL, "uniform", PER_LAYER)
+    return [
+        *grid(first, bits=(4, 3, 2)),
+        *grid(second, bits=(4,)),
+        *grid(first, bits=(4, 2), methods=(PER_LAYER,), mu=FIXED_CALIBRATED),
+        *grid(first, bits=(4, 2), methods=(PER_LAYER,), mu=FIXED_255),
+        *grid(first, bits=(4, 3, 2), methods=some, seeds=(1, 2)),
+    ]
+
+
+def _paper(checkpoint: Path | None) -> list[Cell]:
+    found = []
+    for dataset in ("cifar10", "cifar100"):
+        vgg = dataclasses.replace(
+            preset(f"vgg19-{dataset}"),
+            epochs=20,
+            learning_rate=0.05,
+            warmup_epochs=1.0,
+            finetune_epochs=2,
+        )
+        alexnet = dataclasses.replace(
+            preset(f"alexnet-{dataset}"),
+            model="alexnet-bn",
+            epochs=60,
+            learning_rate=0.05,
+            finetune_epochs=10,
+        )
+        parents = [*_orders(alexnet), *_orders(vgg)]
+        for seed in range(3):
+            for parent in parents:
+                found += grid(parent, bits=(4, 2, 3, 8), seeds=(seed,))
+    return found
+
+
+def _literature(checkpoint: Path | None) -> list[Cell]:
+    some = (CONTROL, "uniform", PER_LAYER)
+    resnet = dataclasses.replace(preset("resnet20-cifar10"), epochs=200, finetune_epochs=4)
+    if checkpoint is not None:
+        mean, std = NORMALIZATIONS["resnet"]
+        resnet = dataclasses.replace(resnet, epochs=0, state_dict=checkpoint, mean=mean, std=std)
+    vgg = dataclasses.replace(
+        preset("vgg19-cifar10"), model="vgg-small", epochs=100, finetune_epochs=20,
+        learning_rate=0.05,
+    )  # fmt: skip
+    found = []
+    # The fewer the bits, the farther the weights have to go; each rate has a control of its own.
+    for count, rate in ((4, 0.01), (3, 0.02), (2, 0.04)):
+        found += grid(
+            resnet,
+            bits=(count,),
+            methods=some,
+            ends=_ENDS,
+            finetune_learning_rate=rate,
+            warmup_epochs=0.2,
+            scale_learning_rate=2e-3,
+        )
+    return [*found, *grid(vgg, bits=(4, 3, 2), methods=some, ends=_ENDS)]
+
+
+def _vgg19_short(checkpoint: Path | None) -> list[Cell]:
+    parent = dataclasses.replace(
+        preset("vgg19-cifar10"), epochs=6, finetune_epochs=1, learning_rate=0.05, warmup_epochs=1.0
+    )
+    return grid(parent, bits=(4,), methods=(CONTROL, "uniform", PER_LAYER), warmup_epochs=0.1)
+
+
+_PRESETS: dict[str, Callable[[Path | None], list[Cell]]] = {
+    "paper": _paper,
+    "literature": _literature,
+    "laptop": _laptop,
+    "smoke": _smoke,
+    "vgg19-short": _vgg19_short,
+}
+STUDIES = MappingProxyType(
+    {
+        "paper": "AlexNet and VGG19 on CIFAR-10 and CIFAR-100, at 8, 4, 3 and 2 bits",
+        "literature": "ResNet-20 and VGG-Small on CIFAR-10, first and last layer at 8 bits",
+        "laptop": "AlexNet on CIFAR-10, at 4, 3 and 2 bits",
+        "smoke": "the digits, in two minutes",
+        "vgg19-short": "VGG19 on CIFAR-10, too short a training to judge it by",
+    }
+)
+"""What each study compares, by the name of its preset."""
+
+
+def study_cells(
+    name: str, *, checkpoint: Path | None = None, networks: Sequence[str] = ()
+) -> list[Cell]:
+    """Returns the cells of a preset, in the order that they are run.
+
+    Args:
+      name: of `STUDIES`.
+      checkpoint: PyTorch's ResNet-20 as an .npz file, for the one preset that can start from it.
+      networks: only cells of these; none are all.
+
+    Raises:
+      ValueError: if there is no such preset or network in it, or it has no use for a checkpoint.
+
+    >>> [cell.name for cell in study_cells("smoke")][0]
+    'cnn-digits-conv_norm_act-control-lr0.02-seed0'
+    """
+    if name not in STUDIES:
+        raise ValueError(f"`preset` must be one of {', '.join(STUDIES)}, got {name!r}: choose one")
+    if checkpoint is not None and name != "literature":
+        raise ValueError(
+            f"`checkpoint` must go with the preset literature, got {name}: leave it out"
+        )
+    found = _PRESETS[name](checkpoint)
+    known = sorted({cell.config.model for cell in found})
+    if unknown := sorted(set(networks) - set(known)):
+        raise ValueError(
+            f"`networks` must be of {', '.join(known)}, got {', '.join(unknown)}: correct it"
+        )
+    return [cell for cell in found if not networks or cell.config.model in networks]

@@ -1,0 +1,1 @@
+"""Networks as packed codes and level tables, and their file."""

@@ -1,0 +1,119 @@
+"""What a frozen model consists of: static facts by site, and arrays by name."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jaxtyping import Array
+
+from compand_jax.core.codebooks import check_spec
+from compand_jax.layers.parametrization import site_path
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenWeight:
+    """A site's weight as codes.
+
+    Args:
+      bits: Bits per code.
+      grid: "midtread" or "midrise": 2^bits - 1 or 2^bits levels.
+      shape: Of the codes: the weight's, stacked as scan or vmap stack it.
+      dtype: Of the weight that the layer multiplies.
+      scale_shape: Of what the table's levels are multiplied with: () for nothing, else the
+        weight's shape, with 1 along the axes that share a scale.
+      leaf: Name of the parameter whose place the codes take, "kernel" or "embedding"; None where
+        the module has none.
+      leaf_shape: Of that parameter, where the weight is computed from it (WeightNorm); None where
+        the weight is that parameter.
+      norm: Name of the batch norm that is folded into the weight, if one is.
+    """
+
+    bits: int
+    grid: str
+    shape: tuple[int, ...]
+    dtype: str
+    scale_shape: tuple[int, ...]
+    leaf: str | None
+    leaf_shape: tuple[int, ...] | None = None
+    norm: str | None = None
+
+    @property
+    def computed(self) -> bool:
+        """Whether the weight is computed from the module's parameters."""
+        return self.leaf is None or self.leaf_shape is not None
+
+    @property
+    def levels(self) -> int:
+        """How many levels a table has."""
+        spec = check_spec(self.bits, True, self.grid)
+        return 2 * spec.steps + (not spec.midrise)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenSite:
+    """A site: its weight, and its activations' bits and sign; None where in full precision."""
+
+    weight: FrozenWeight | None = None
+    act_bits: int | None = None
+    act_signed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """Arguments that a frozen model's `apply` takes, to tell another model by.
+
+    Args:
+      inputs: Shape and type of every positional argument.
+      options: Names and values of the keyword arguments: bool, int, float, str or None.
+    """
+
+    inputs: tuple[tuple[tuple[int, ...], str], ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+Arrays = dict[str, dict[str, Any]]
+"""The arrays of a frozen model, by kind and name.
+
+    codes           site -> uint8 [bytes], packed
+    levels          site -> float32 [levels], ascending
+    scales          site -> float32, what the levels are multiplied with, in the weight's rank
+    shifts          site -> float32 [features], what is left of a folded batch norm
+    act_levels      site -> float32 [levels], ascending
+    act_thresholds  site -> float32 [levels - 1], between them
+    variables       path -> what stays in full precision, the path joined by `join_path`
+"""
+
+TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")
+"""What variables and inputs may be; a file holds the floats as float32."""
+
+WEIGHT_TYPES = TYPES[:3]
+
+KINDS = ("codes", "levels", "scales", "shifts", "act_levels", "act_thresholds", "variables")
+
+
+def join_path(path: tuple[str, ...]) -> str:
+    """Returns a path as one name, as JSON pointers do; `split_path` is the inverse.
+
+    >>> join_path(("params", "a/b", "bias"))
+    'params/a~1b/bias'
+    """
+    return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+
+
+def split_path(name: str) -> tuple[str, ...]:
+    """Returns the path that `join_path` joined."""
+    return tuple(key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
+
+
+def flatten(tree: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Array]]:
+    """Yields the path and value of every leaf of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def leaf_path(site: str, leaf: str) -> tuple[str, ...]:
+    """Returns where a site's parameter lies in the variables."""
+    return ("params", *site_path(site), leaf)

@@ -1,0 +1,1 @@
+"""What a quantized layer is, whatever framework the model is of."""

@@ -1,0 +1,189 @@
+"""What to quantize and how, as frozen dataclasses that can be hashed, compared and written as JSON.
+
+Every argument is checked when the object is made, so that a wrong one is an error before a
+model is touched.
+"""
+
+import dataclasses
+import numbers
+import re
+from typing import Any, Literal
+
+from compand_jax.core.codebooks import GRIDS, ONE_BIT_REMEDY, check_spec
+
+MU_SCOPES = ("single", "separate", "per_layer")
+QUANTIZERS = ("mu_law", "uniform")
+GRANULARITIES = ("tensor", "channel")
+ACT_SITES = ("input", "output")
+SCALE_GRADIENTS = ("plain", "lsq")
+
+INHERIT = "inherit"
+Inherit = Literal["inherit"]
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raises ValueError where `value` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_weights(bits: Any, grid: str) -> None:
+    require_choice("grid", grid, GRIDS)
+    if bits is not None:
+        _named("weight_bits", "grid='midrise'", check_spec, bits, True, grid)
+
+
+def _check_acts(bits: Any, signed: bool | None) -> None:
+    if signed is not None and not isinstance(signed, bool):
+        raise ValueError(f"`act_signed` must be True, False or None, got {signed!r}")
+    # Where calibration decides, one bit may be unsigned, so only the range is known here.
+    if bits is not None:
+        _named("act_bits", "act_signed=False", check_spec, bits, bool(signed), "midtread")
+
+
+def _named(name: str, remedy: str, check: Any, *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except ValueError as error:
+        text = str(error).replace("`bits`", f"`{name}`")
+        raise ValueError(text.replace(ONE_BIT_REMEDY, remedy)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """An exception to a `QuantConfig` for the sites whose name matches a regular expression.
+
+    A site is named by its module path, "/".join(module.path), the model itself by "". The first
+    rule that matches the whole name wins; a field that is left out inherits from the config.
+
+    Args:
+      pattern: Regular expression, matched with `re.fullmatch`.
+      weight_bits: Bits per weight, 1 to 8; None is full precision.
+      act_bits: Bits per activation, 1 to 8; None is full precision.
+      quantizer: "mu_law" or "uniform".
+      grid: "midtread" or "midrise", the weights'.
+      weight_granularity: "tensor" or "channel".
+
+    Raises:
+      ValueError: a field is out of its range, or the pattern is no regular expression.
+
+    >>> Rule("conv1|dense", weight_bits=8, act_bits=8).pattern
+    'conv1|dense'
+    """
+
+    pattern: str
+    weight_bits: int | Inherit | None = INHERIT
+    act_bits: int | Inherit | None = INHERIT
+    quantizer: str = INHERIT
+    grid: str = INHERIT
+    weight_granularity: str = INHERIT
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"`pattern` must be a regular expression, got {self.pattern!r}: {error}"
+            ) from None
+        for name, choices in (
+            ("quantizer", QUANTIZERS),
+            ("grid", GRIDS),
+            ("weight_granularity", GRANULARITIES),
+        ):
+            require_choice(name, getattr(self, name), (INHERIT, *choices))
+        # The grid that a rule's bits go with may be the config's, which checks them together.
+        if self.weight_bits != INHERIT:
+            _check_weights(self.weight_bits, "midrise" if self.grid == INHERIT else self.grid)
+        if self.act_bits != INHERIT:
+            _check_acts(self.act_bits, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How a model's weights and activations are quantized.
+
+    Args:
+      weight_bits: Bits per weight, 1 to 8 (1 needs grid midrise); None is full precision.
+      act_bits: Bits per activation, 1 to 8; None is full precision.
+      mu_scope: Who shares a mu: "single" (one for everything), "separate" (one for all weights,
+        one for all activations) or "per_layer" (an own pair per site).
+      quantizer: "mu_law" (mu and scale learned) or "uniform" (mu = 0, scale learned).
+      weight_granularity: "tensor" (one scale per kernel) or "channel" (one per output channel).
+      grid: The weights' grid, "midtread" (a level at zero) or "midrise" (none). Activations are
+        midtread.
+      act_site: Which activations: each layer's "input", or its "output" before the norm (then
+        never the last layer's).
+      act_signed: Whether activations have a sign; None lets calibration decide per site.
+      scale_gradient: "plain", or "lsq": the scales' gradients times 1/sqrt(n M), n the tensor's
+        size (Esser et al., "Learned step size quantization", ICLR 2020, section 2.2).
+      mu_init: mu before calibration, 0 to 255.
+      rules: Exceptions by site name, `Rule` objects; the first match wins.
+
+    Raises:
+      ValueError: a field is out of its range, or a rule does not go with the other fields.
+
+    >>> QuantConfig(weight_bits=3, mu_scope="single").act_bits
+    4
+    """
+
+    weight_bits: int | None = 4
+    act_bits: int | None = 4
+    mu_scope: str = "per_layer"
+    quantizer: str = "mu_law"
+    weight_granularity: str = "tensor"
+    grid: str = "midtread"
+    act_site: str = "input"
+    act_signed: bool | None = None
+    scale_gradient: str = "plain"
+    mu_init: float = 2.0
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("mu_scope", MU_SCOPES),
+            ("quantizer", QUANTIZERS),
+            ("weight_granularity", GRANULARITIES),
+            ("act_site", ACT_SITES),
+            ("scale_gradient", SCALE_GRADIENTS),
+        ):
+            require_choice(name, getattr(self, name), choices)
+        _check_weights(self.weight_bits, self.grid)
+        _check_acts(self.act_bits, self.act_signed)
+        if not isinstance(self.mu_init, numbers.Real) or not 0 <= self.mu_init <= 255:
+            raise ValueError(f"`mu_init` must be from 0 to 255, got {self.mu_init!r}")
+        if not isinstance(self.rules, tuple | list) or not all(
+            isinstance(rule, Rule) for rule in self.rules
+        ):
+            raise ValueError(f"`rules` must be a tuple of Rule objects, got {self.rules!r}")
+        object.__setattr__(self, "rules", tuple(self.rules))  # a list is as good, unhashed
+        for rule in self.rules:
+            self._with(rule)
+
+    def rule_for(self, site: str) -> Rule | None:
+        """Returns the first rule that matches the site's whole name, or None."""
+        return next((rule for rule in self.rules if re.fullmatch(rule.pattern, site)), None)
+
+    def at(self, site: str) -> "QuantConfig":
+        """Returns this config as it is for one site, its rule applied.
+
+        >>> QuantConfig(rules=(Rule("head", weight_bits=8),)).at("head").weight_bits
+        8
+        """
+        rule = self.rule_for(site)
+        return self if rule is None else self._with(rule)
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are quantized anywhere, as far as bits and rules tell."""
+        bits = {self.act_bits, *(rule.act_bits for rule in self.rules)}
+        return bool(bits - {None, INHERIT})
+
+    def _with(self, rule: Rule) -> "QuantConfig":
+        fields = {**dataclasses.asdict(rule), "rules": ()}
+        pattern = fields.pop("pattern")
+        try:
+            return dataclasses.replace(
+                self, **{name: value for name, value in fields.items() if value != INHERIT}
+            )
+        except ValueError as error:
+            raise ValueError(f"`rules`: at {pattern!r}, {error}") from None

@@ -1,0 +1,1 @@
+"""Linen models, quantized by interception."""

@@ -1,0 +1,94 @@
+"""Batch norms' statistics, estimated anew from batches.
+
+Each batch norm ends with the mean of what it saw, b, over batches and calls, an example weighing
+as much as another:
+
+    s <- s + n/(N + n) (b - s)        N <- N + n
+
+n being the batch's examples and N those that the batch norm has counted. N is a variable beside its
+statistics: only there does it follow them through scan, vmap and remat, where a body may be traced
+once or often, however many times it runs.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from compand_jax.layers.batches import count_examples, each_batch
+
+_COUNT = "examples_counted"
+# Other than a subclass's or a lifted class's, which call it in the end.
+_BATCH_NORM = nn.BatchNorm.__call__.__wrapped__
+
+
+def estimate_batch_stats(
+    variables: Mapping[str, Any], batches: Iterable, update: Callable[[Mapping, tuple], Any]
+) -> dict[str, Any]:
+    """Returns `batch_stats` with, for the batch norms, the mean over the examples of what they see.
+
+    Args:
+      variables: the model's collections.
+      batches: as `QuantizedModel.calibrate`.
+      update: `update_batch_stats`, jitted, of a model.
+
+    Raises:
+      ValueError: there are no batches, or a statistic is not finite.
+    """
+    flat: dict[tuple, Any] = dict(flatten_dict(variables["batch_stats"]))
+    # In the shape of the mean, and so divided among a stack's layers as it is.
+    means = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "mean"}
+    counts = {(*module, _COUNT): jnp.zeros_like(mean) for module, mean in means.items()}
+    stats = unflatten_dict({**flat, **counts})
+    for args in each_batch(batches):
+        stats = update({**variables, "batch_stats": stats}, args)
+    flat = {path: leaf for path, leaf in dict(flatten_dict(stats)).items() if path not in counts}
+    bad = ["/".join(path) for path, leaf in flat.items() if not np.all(np.isfinite(leaf))]
+    if bad:
+        raise ValueError(
+            f"`batches` must give finite statistics, got NaN or infinity in {', '.join(bad)}: "
+            "leave out what is not finite"
+        )
+    return unflatten_dict(flat)
+
+
+def update_batch_stats(
+    apply: Callable, variables: Mapping[str, Any], args: tuple, model_kwargs: Mapping
+) -> Any:
+    """Returns `batch_stats` and counts after one batch more; all else runs as it is called."""
+    with nn.intercept_methods(_count(count_examples(args))):
+        _, updates = apply(variables, *args, mutable=["batch_stats"], **model_kwargs)
+    return updates["batch_stats"]
+
+
+def _count(examples: int) -> Callable:
+    """Returns an interceptor with which batch norms average what they see, and normalize by it."""
+
+    def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if context.orig_method.func is not _BATCH_NORM:
+            return next_fun(*args, **kwargs)
+        module = context.module
+        counted = module.get_variable("batch_stats", _COUNT)
+        module.put_variable("batch_stats", _COUNT, counted + examples)
+        # Theirs is s <- m s + (1 - m) b.
+        momentum = counted / (counted + examples)
+        with _fields_set(module, use_running_average=None, momentum=momentum):
+            return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
+
+    return interceptor
+
+
+@contextlib.contextmanager
+def _fields_set(module: nn.Module, **fields: Any) -> Iterator[None]:
+    stored = {name: getattr(module, name) for name in fields}
+    for name, value in fields.items():
+        object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in stored.items():
+            object.__setattr__(module, name, value)

@@ -1,0 +1,64 @@
+"""The collection "compand" before calibration: mu as configured, scales the largest magnitudes."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.config import QuantConfig
+from compand_jax.linen.interception import Observer
+from compand_jax.linen.sites import sites_from_observers
+from compand_jax.linen.summary import site_weight
+
+
+def initial_observer(config: QuantConfig) -> Observer:
+    """Returns what sees, of a model's `init`, all that `initial_parameters` needs."""
+    return Observer(activation=_absmax, weight=lambda x: x, at_output=config.act_site == "output")
+
+
+def initial_parameters(
+    config: QuantConfig, observer: Observer, params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns every mu and scale, of what was seen of a model's `init`.
+
+    Where a weight was not seen, its scale is taken from `params`; an activation's is then 1.
+
+    Raises:
+      ValueError: no layer was seen, or a rule matches none.
+    """
+    compand: dict = {}
+    for name, site in sites_from_observers(config, [observer]).items():
+        for operand in site.operands():
+            if operand == "act":
+                absmax = observer.values("activation", name) or [jnp.ones(())]
+            else:
+                own, shape = site_weight(params, name), observer.weight_shapes[name]
+                weights = observer.values("weight", name) or [_unstacked(own, shape)]
+                absmax = [_absmax(jnp.asarray(w), site.scale_axes) for w in weights]
+            scale = functools.reduce(jnp.maximum, absmax)
+            scale = jnp.where(scale > 0, scale, 1)
+            par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
+            if (path := par.mu_path(name, operand, config)) is not None:
+                par.set_leaf(compand, path, par.theta_from_mu(config.mu_init))
+    return compand
+
+
+def _unstacked(own: Array | None, shape: tuple[int, ...]) -> Array:
+    """Returns a weight's maximum over the axes that vmap or scan stacked in front of its shape.
+
+    What lies in `params` in another form is taken as one number, and 1 where there is nothing.
+    """
+    if own is None:
+        return jnp.ones(shape)
+    magnitude, extra = jnp.abs(own), own.ndim - len(shape)
+    if own.shape[max(extra, 0) :] == shape:
+        return jnp.max(magnitude, tuple(range(extra)))
+    return jnp.full(shape, jnp.max(magnitude, initial=0.0))
+
+
+def _absmax(x: Array, kept_axes: tuple[int, ...] = ()) -> Array:
+    axes = tuple(i for i in range(x.ndim) if i - x.ndim not in kept_axes)
+    return jnp.max(jnp.abs(x), axes, initial=0.0, keepdims=bool(kept_axes)).astype(jnp.float32)

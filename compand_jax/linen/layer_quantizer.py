@@ -1,0 +1,82 @@
+"""What quantizes the operands of every layer, as `intercept_layers` shows them."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from compand_jax.core.quantizers import fake_quantize
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.config import QuantConfig
+from compand_jax.linen.interception import Layer
+from compand_jax.linen.sites import Site
+
+
+class LayerQuantizer:
+    """A visitor that quantizes what every layer multiplies, or its output.
+
+    Args:
+      config: what to quantize and how.
+      site: called with a site's name, what is static about it.
+      compand: mu and scales.
+
+    `visited` has the sites that came by.
+    """
+
+    def __init__(self, config: QuantConfig, site: Callable[[str], Site], compand: Mapping) -> None:
+        self._config, self._site, self._compand = config, site, compand
+        self.visited: set[str] = set()
+
+    def operands(
+        self, layer: Layer, activation: Array | None, weight: Array
+    ) -> tuple[Array | None, Array]:
+        """Returns the quantized weight and, unless it is done at the output, activation."""
+        self.visited.add(layer.site)
+        if activation is not None and self._config.act_site == "input":
+            activation = self._quantize(layer.site, "act", activation)
+        return activation, self._quantize(layer.site, "weight", weight)
+
+    def output(self, layer: Layer, output: Array) -> Array:
+        """Returns the output, quantized where activations are quantized there."""
+        if self._config.act_site == "input":
+            return output
+        return self._quantize(layer.site, "act", output)
+
+    def _quantize(self, name: str, operand: str, x: Array) -> Array:
+        site, config = self._site(name), self._config
+        if operand not in site.operands():
+            return x
+        parameters = par.read_parameters(self._compand, name, operand, config)
+        if parameters is None:
+            if operand == "act" and config.act_site == "output":  # the last layer's
+                return x
+            raise ValueError(
+                f"`variables` must hold compand/{'/'.join(par.scale_path(name, operand))}: they "
+                f"were made without running site {name!r}; init or calibrate with this method"
+            )
+        mu, scale = parameters
+        spec = site.spec(operand)
+        if config.scale_gradient == "lsq":
+            factor = 1 / math.sqrt(x.size * spec.steps)
+            scale = jnp.asarray(_scale_gradient(scale, factor))
+        return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scale_gradient(x: Array, factor: float) -> Array:
+    """Returns x, to the last bit; its gradient is multiplied by the factor."""
+    return x
+
+
+def _scale_gradient_fwd(x: Array, factor: float) -> tuple[Array, None]:
+    return x, None
+
+
+def _scale_gradient_bwd(factor: float, _: None, cotangent: Array) -> tuple[Array]:
+    return (cotangent * factor,)
+
+
+_scale_gradient.defvjp(_scale_gradient_fwd, _scale_gradient_bwd)

@@ -1,0 +1,331 @@
+"""A Linen model with its weights and activations quantized, as a value without state."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import FrozenDict
+from flax.core.scope import in_filter
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from compand_jax.frozen.freeze import freeze
+from compand_jax.frozen.model import FrozenModel
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.config import QuantConfig
+from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
+from compand_jax.linen.calls import abstract_call, remembered_calls
+from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
+from compand_jax.linen.interception import intercept_layers, layers_run, require_reached
+from compand_jax.linen.layer_quantizer import LayerQuantizer
+from compand_jax.linen.model_calibration import (
+    Observations,
+    check_arguments,
+    feed_errors_back,
+    fit_parameters,
+    observe,
+    observed_sites,
+)
+from compand_jax.linen.sites import Site, check_rules, site_from_config
+from compand_jax.linen.summary import summarize
+
+
+def quantize_model(
+    model: nn.Module, config: QuantConfig, *, sites: Mapping[str, Site] | None = None
+) -> "QuantizedModel":
+    """Returns a Linen model with its layers quantized; the model itself is not changed.
+
+    Args:
+      model: Any Linen module.
+      config: What to quantize and how.
+      sites: A calibrated model's `sites`, to go with a checkpoint of its variables; None for a
+        model to be calibrated.
+
+    Returns:
+      A `QuantizedModel`, to be used as a Linen module is: `init`, `apply`.
+
+    Raises:
+      TypeError: `model` is no Linen module, or `config` no QuantConfig.
+      ValueError: a rule matches none of `sites`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"`config` must be a QuantConfig, got {type(config).__name__}")
+    if sites is not None:
+        check_rules(config, sites)
+        sites = FrozenDict(sites)
+    return QuantizedModel(model, config, sites)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedModel:
+    """A Linen model whose layers see quantized weights and activations. Frozen and hashable.
+
+    Args:
+      model: The Linen module, unchanged.
+      config: What to quantize and how.
+      sites: What calibration found, by site; None before it, with activations signed.
+    """
+
+    model: nn.Module
+    config: QuantConfig
+    sites: Mapping[str, Site] | None = None
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the model's own variables, and "compand": mu_init and largest magnitudes.
+
+        Args and Returns are those of the Linen module's `init`. The activations' scales are the
+        largest magnitudes on the given input. Under `jit`, values inside scan, vmap and remat
+        cannot be seen: a weight's scale is then taken from `params`, an activation's is 1.
+
+        Raises:
+          ValueError: no layer is found, or a rule matches none.
+        """
+        observer = initial_observer(self.config)
+        with intercept_layers(self.model, observer) as model:
+            variables = model.init(rngs, *args, **kwargs)
+        jax.effects_barrier()
+        params = dict(variables).get("params", {})
+        compand = initial_parameters(self.config, observer, params)
+        return {**variables, "compand": compand}
+
+    def apply(
+        self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any
+    ) -> Any:
+        """Returns the quantized model's output, and the mutated collections where asked for.
+
+        Args:
+          variables: The model's collections and "compand", as `init` returns them.
+          *args: As the Linen module's `apply`.
+          mutable: As the Linen module's `apply`; "compand" comes back as it was.
+          **kwargs: As the Linen module's `apply` (`rngs`, `method`, ...).
+
+        Gradient: straight-through, as `fake_quantize`, in "params" and "compand".
+
+        Raises:
+          ValueError: "compand" is missing or of another config; or a layer that the model runs
+            was not reached, and so not quantized.
+        """
+        compand = _compand(variables)
+        if self.sites is None:
+            try:
+                _warn_uncalibrated(self)
+            except TypeError:  # a field of the model cannot be hashed
+                _warn_uncalibrated(repr(self))
+        rest = {name: value for name, value in variables.items() if name != "compand"}
+        runs = layers_run(self.model, rest, args, mutable, kwargs)
+        visitor = LayerQuantizer(self.config, self.site, compand)
+        with intercept_layers(self.model, visitor) as model:
+            outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
+        require_reached(runs, visitor.visited)
+        if mutable is not False and in_filter(mutable, "compand"):
+            outputs = (outputs[0], {**outputs[1], "compand": compand})
+        return outputs
+
+    def calibrate(
+        self,
+        variables: Mapping[str, Any],
+        batches: Iterable,
+        *,
+        calibration: str = "mse",
+        percentile: ArrayLike = 99.9,
+        mu: ArrayLike | None = None,
+        error_feedback: bool = False,
+        batch_stats: bool = False,
+        **model_kwargs: Any,
+    ) -> tuple["QuantizedModel", dict[str, Any]]:
+        """Returns this model with its activations' signs found, and mu and scale from data.
+
+        The full-precision model runs once over the batches; what is kept of an activation is a
+        histogram, whatever the number of batches. mu minimizes the squared error, relative to the
+        power and summed over what shares it, at the scales that the calibration gives:
+
+          "mse": of the least squared error.
+          "absmax": the largest magnitude.
+          "percentile": the magnitude that `percentile` percent do not exceed.
+          "output": a weight's of the least squared error of its layer's output. It is for Dense,
+            DenseGeneral and Conv with at most 8192 inputs to an output, outside of scan and vmap,
+            that saw an input other than zero; anything else's is as with "mse".
+
+        Args:
+          variables: The model's collections; an existing "compand" is replaced.
+          batches: Iterable of batches, a batch being the model's argument or a tuple of them, with
+            examples along the leading axis of the first one. They may differ in size.
+          calibration: "mse", "absmax", "percentile" or "output".
+          percentile: Of the magnitudes, in (0, 100].
+          mu: Every mu, 0 to 255, at which the scales are found; None finds mu too. Uniform
+            quantizers have none, and keep mu = 0.
+          error_feedback: Whether weights are rounded one input at a time, those that are still to
+            be rounded making up for the error at the layer's output. The kernels in "params" are
+            then levels of their quantizers. Other layers than those of "output", and those that
+            do not use their kernel as it is stored (WeightNorm, a mask), keep theirs.
+          batch_stats: Whether to estimate the batch norms' statistics, where there are any, anew
+            afterwards, under quantization, as the mean over the batches, each weighing as many
+            examples as it has. The batches are then gone through twice, and kept in memory if
+            they are an iterator.
+          **model_kwargs: Further arguments of the model's `apply`, such as `train=False`.
+
+        Raises:
+          TypeError: `batches` is an array, or this is called under `jax.jit`.
+          ValueError: there are no batches, one of them is empty, a batch, an activation or a
+            weight is not finite, a rule matches no site, activations of one bit have a sign, or
+            an argument is out of its range.
+
+        Source: the layer output's error after Nagel et al., "Up or down? Adaptive rounding for
+        post-training quantization", ICML 2020; error feedback after GPTQ (`error_feedback`).
+        """
+        check_arguments(calibration, percentile, mu)
+        rest = {name: value for name, value in variables.items() if name != "compand"}
+        if batch_stats and isinstance(batches, Iterator):
+            batches = list(batches)
+        seen = observe(
+            self.model,
+            rest,
+            batches,
+            model_kwargs,
+            at_output=self.config.act_site == "output",
+            activations=self.config.quantizes_activations,
+            moments=error_feedback or calibration == "output",
+        )
+        qmodel, result = self.calibrate_from(
+            seen,
+            variables,
+            calibration=calibration,
+            percentile=percentile,
+            mu=mu,
+            error_feedback=error_feedback,
+        )
+        if batch_stats and "batch_stats" in rest:
+
+            def update(variables: Mapping, args: tuple) -> Any:
+                return update_batch_stats(qmodel.apply, variables, args, model_kwargs)
+
+            result["batch_stats"] = estimate_batch_stats(result, batches, jax.jit(update))
+        return qmodel, result
+
+    def calibrate_from(
+        self,
+        seen: Observations,
+        variables: Mapping[str, Any],
+        *,
+        calibration: str = "mse",
+        percentile: ArrayLike = 99.9,
+        mu: ArrayLike | None = None,
+        error_feedback: bool = False,
+    ) -> tuple["QuantizedModel", dict[str, Any]]:
+        """Returns what `calibrate` does, of what `observe` saw: once, for any number of configs.
+
+        Args:
+          seen: The full-precision model's observations, at the config's `act_site`; with moments
+            for calibration "output" and for error feedback.
+          variables: The collections that it was observed with.
+          calibration: As `calibrate`.
+          percentile: As `calibrate`.
+          mu: As `calibrate`.
+          error_feedback: As `calibrate`.
+
+        Raises:
+          ValueError: a rule matches no site, activations of one bit have a sign, or an argument
+            is out of its range.
+        """
+        percentile, mu = check_arguments(calibration, percentile, mu)
+        rest = {name: value for name, value in variables.items() if name != "compand"}
+        sites = observed_sites(self.config, seen)
+        qmodel = dataclasses.replace(self, sites=FrozenDict(sites))
+        compand = fit_parameters(self.config, sites, seen, calibration, percentile, mu)
+        result = {**rest, "compand": compand}
+        if error_feedback and "params" in rest:
+            quantizers = qmodel.quantizers(result)
+            result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
+        return qmodel, result
+
+    def freeze(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        fold_norms: bool = False,
+        **kwargs: Any,
+    ) -> FrozenModel:
+        """Returns the model for inference alone: packed codes and tables instead of kernels.
+
+        A layer that computes its weight from its parameters (WeightNorm) is frozen with what it
+        computes. To find it, the model is run on zeros: of the arguments' shapes or, without
+        any, of those that the model was last called with.
+
+        Args:
+          variables: As `apply`'s.
+          *args: Arguments of the model, of which only shapes count.
+          fold_norms: Whether to fold every batch norm that sees nothing but a quantized layer's
+            float32 output: its factor goes into the weight's scales, an addition is left of it.
+            The model then runs in evaluation alone.
+          **kwargs: Further arguments of the model, such as `train=False`.
+
+        Returns:
+          A `FrozenModel`, whose `apply(*args, **kwargs)` returns what this model's jitted `apply`
+          returns on the same backend, to the last bit. With `fold_norms` to rounding, which can
+          flip an activation's code.
+
+        Raises:
+          ValueError: "compand" is missing, or a weight is not finite, in float64, or differs
+            between the layers of a stack that compute it from their parameters; or no batch norm
+            can be folded.
+        """
+        _compand(variables)
+        given = {kwargs.pop("method", "__call__"): abstract_call(args, kwargs)} if args else {}
+        calls = given or remembered_calls(self.model)
+        return freeze(self.model, self.config, variables, self.site, calls, fold_norms)
+
+    def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
+        """Returns {site: {"weight_mu", "weight_scale", "act_mu", "act_scale"}}.
+
+        mu is without unit, 0 where the quantizer is uniform; a scale is in the units of what it
+        clips. Operands in full precision are absent.
+        """
+        compand = _compand(variables)
+        found: dict[str, dict[str, Array]] = {}
+        for site, operand in par.quantized_operands(compand):
+            parameters = par.read_parameters(compand, site, operand, self.config)
+            assert parameters is not None
+            mu, scale = parameters
+            found.setdefault(site, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})
+        return found
+
+    def summary(self, variables: Mapping[str, Any]) -> str:
+        """Returns a table of the sites, and the names of the weights that are not quantized.
+
+        A row per site: bits, mu, scale, signal to quantization noise of the weights in dB, bytes
+        of the weights before and after, and whether the activations have a sign.
+        """
+        quantizers = self.quantizers(variables)
+        return summarize(
+            variables["params"], quantizers, {name: self.site(name) for name in quantizers}
+        )
+
+    def site(self, name: str) -> Site:
+        """Returns what is static about a site: as calibrated, or else as configured."""
+        if self.sites is not None and name in self.sites:
+            return self.sites[name]
+        return site_from_config(self.config, name)
+
+
+def _compand(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "compand" not in variables:
+        raise ValueError(
+            f"`variables` must hold the collection 'compand', got {sorted(variables)}: "
+            "make it with this model's init or calibrate"
+        )
+    return variables["compand"]
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_uncalibrated(qmodel: QuantizedModel | str) -> None:
+    warnings.warn(
+        "the quantized model is not calibrated: mu and scale are what init set, and activations "
+        "are taken to be signed; call calibrate, or pass `sites` to quantize_model",
+        stacklevel=3,
+    )

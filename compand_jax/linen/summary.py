@@ -1,0 +1,92 @@
+"""A quantized model as a table: one row per site, and what is left in full precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from compand_jax.core.codebooks import Spec
+from compand_jax.core.quantizers import fake_quantize
+from compand_jax.layers import parametrization as par
+from compand_jax.linen.sites import Site
+
+_HEADER = (
+    "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
+    "act bits", "act mu", "act scale", "act signed",
+)  # fmt: skip
+WEIGHT_NAMES = ("kernel", "embedding")
+
+
+def site_weight(params: Mapping[str, Any], name: str) -> Any:
+    """Returns the weight under a site's module path in `params`; None where it has another name."""
+    module = par.get_leaf(nn.meta.unbox(params), par.site_path(name)) or {}
+    return next((module[key] for key in WEIGHT_NAMES if key in module), None)
+
+
+def summarize(
+    params: Mapping[str, Any],
+    quantizers: Mapping[str, Mapping[str, Any]],
+    sites: Mapping[str, Site],
+) -> str:
+    """Returns the table that `QuantizedModel.summary` describes."""
+    rows = [_row(name, sites[name], found, params) for name, found in quantizers.items()]
+    quantized = {name for name, found in quantizers.items() if "weight_scale" in found}
+    left = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
+        if np.ndim(leaf) > 1 and "/".join(key.key for key in path[:-1]) not in quantized
+    ]
+    return f"{align([_HEADER, *rows])}\nweights not quantized: {', '.join(left) or 'none'}"
+
+
+def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tuple[str, ...]:
+    weight, act = ["-"] * 6, ["-"] * 4
+    kernel = site_weight(params, name)
+    if "weight_scale" in found:
+        mu, scale = found["weight_mu"], found["weight_scale"]
+        weight[:3] = str(site.weight_bits), f"{mu:.3g}", _range(scale)
+        if kernel is not None:
+            spec = site.spec("weight")
+            weight[3], weight[4] = (
+                _sqnr(kernel, mu, scale, spec),
+                str(-(-kernel.size * spec.bits // 8)),
+            )
+    if kernel is not None:
+        weight[5] = str(4 * kernel.size)
+    if "act_scale" in found:
+        act = [
+            str(site.act_bits), f"{found['act_mu']:.3g}", _range(found["act_scale"]),
+            "yes" if site.act_signed else "no",
+        ]  # fmt: skip
+    return (name or "(model)", *weight, *act)
+
+
+def _sqnr(kernel: Array, mu: Array, scale: Array, spec: Spec) -> str:
+    if scale.ndim:  # one of a stack's layers has fewer axes than the stack
+        scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)
+        if any(n not in (1, size) for n, size in zip(scale.shape, kernel.shape, strict=True)):
+            return "-"
+    quantized = fake_quantize(kernel, mu, scale, bits=spec.bits, grid=spec.grid)
+    exact, quantized = np.asarray(kernel, np.float64), np.asarray(quantized, np.float64)
+    noise, power = np.sum((exact - quantized) ** 2), np.sum(exact**2)
+    return f"{10 * np.log10(power / noise):.1f}" if noise and power else "inf"
+
+
+def _range(values: Any) -> str:
+    low, high = float(np.min(values)), float(np.max(values))
+    return f"{low:.3g}" if low == high else f"{low:.3g}..{high:.3g}"
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    """Returns rows as lines, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,1 @@
+"""Jitted steps, fitting, checkpoints, many devices."""

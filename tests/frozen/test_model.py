@@ -1,0 +1,284 @@
+"""Frozen models: bit for bit what the jitted quantized model computes, from packed codes alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from layer_cells import CELLS, LAYERS, NETWORKS, network
+from small_models import KEY, Net, NormedNet, Stack, Tokens, Twice, drawn, normal
+
+import compand_jax as cj
+from compand_jax.frozen.packing import packed_bytes, unpack
+from compand_jax.frozen.tree import join_path, split_path
+from compand_jax.linen.calls import remembered_calls
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the quantized model is not calibrated"  # its mu and scales are drawn at random here
+)
+
+
+def assert_frozen_equals(model, config, x, **kwargs):
+    qmodel = cj.quantize_model(model, config)
+    variables = drawn(qmodel, x)
+    frozen = qmodel.freeze(variables, **kwargs)
+    expected = jax.jit(qmodel.apply)(variables, x)
+    found = frozen.apply(x)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    return qmodel, variables, frozen
+
+
+def one_cell_each():
+    """Every layer at one of three settings in turn; bits from 2 to 8, both grids."""
+    for i, name in enumerate(LAYERS):
+        yield name, i, CELLS[i % len(CELLS)]
+
+
+@pytest.mark.parametrize(("name", "i", "cell"), list(one_cell_each()))
+def test_layers_are_bit_identical(name, i, cell):
+    make, shape, _ = LAYERS[name]
+    dtype, act_site, granularity = cell
+    kwargs = {} if dtype == jnp.float32 else {"dtype": dtype}
+    config = cj.QuantConfig(
+        weight_bits=2 + i % 7,
+        act_bits=2 + i % 3,
+        act_site=act_site,
+        weight_granularity=granularity,
+        grid=("midtread", "midrise")[i % 2],
+    )
+    model = Net(make(**kwargs), **kwargs)
+    _, _, frozen = assert_frozen_equals(model, config, normal(*shape, dtype=dtype))
+    assert_no_kernels(frozen)
+
+
+def assert_no_kernels(frozen):
+    """No kernel in float is stored, and codes take no more than their bits."""
+    for site, found in frozen.sites.items():
+        assert found.weight is not None
+        count = int(np.prod(found.weight.shape))
+        codes = frozen.arrays["codes"][site]
+        assert codes.dtype == jnp.uint8
+        assert codes.size == packed_bytes(count, found.weight.bits)
+    names = {split_path(name)[-1] for name in frozen.arrays["variables"]}
+    assert not names & {"kernel", "embedding"}
+
+
+SMALL = [name for name in NETWORKS if "transformer" not in name]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_networks_are_bit_identical(name):
+    model, x, _ = network(name)
+    i = SMALL.index(name)
+    config = cj.QuantConfig(
+        weight_bits=2 + i % 7,
+        act_bits=3,
+        weight_granularity=("tensor", "channel")[i % 2],
+        scale_gradient=("lsq", "plain")[i % 2],
+    )
+    _, _, frozen = assert_frozen_equals(model, config, x)
+    assert_no_kernels(frozen)
+
+
+def test_many_levels_of_activations():
+    _, _, frozen = assert_frozen_equals(
+        NormedNet(), cj.QuantConfig(weight_bits=8, act_bits=8), normal(64, 4)
+    )
+    with pytest.raises(ValueError, match="`site` must have a quantized weight, got 'none' without"):
+        frozen.weight("none")
+
+
+@pytest.mark.quick
+def test_the_gradient_to_the_input_is_that_of_the_weights():
+    qmodel, x = cj.quantize_model(nn.Dense(3), cj.QuantConfig(act_bits=None)), normal(2, 4)
+    frozen = qmodel.freeze(drawn(qmodel, x))
+    gradient = jax.grad(lambda x: frozen.apply(x)[0].sum())(x)
+    np.testing.assert_allclose(gradient[0], frozen.weight("").sum(1), rtol=1e-6)
+    assert not gradient[1].any()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("fields", [{"weight_bits": None}, {"act_bits": None}])
+def test_one_operand_in_full_precision(fields):
+    _, _, frozen = assert_frozen_equals(NormedNet(), cj.QuantConfig(**fields), normal(5, 4))
+    kinds = {kind for kind, found in frozen.arrays.items() if found}
+    left_out = {"codes", "levels"} if "weight_bits" in fields else {"act_levels", "act_thresholds"}
+    assert kinds == {"codes", "levels", "act_levels", "act_thresholds", "variables"} - left_out
+
+
+@pytest.mark.quick
+def test_a_site_in_full_precision_and_a_uniform_one():
+    left_out = cj.Rule("first", weight_bits=None, act_bits=None)
+    config = cj.QuantConfig(rules=(left_out, cj.Rule("second", quantizer="uniform")))
+    _, variables, frozen = assert_frozen_equals(NormedNet(), config, normal(5, 4))
+    assert set(frozen.sites) == {"second"}
+    kernel = frozen.arrays["variables"]["params/first/kernel"]
+    np.testing.assert_array_equal(kernel, variables["params"]["first"]["kernel"])
+
+
+def test_calibrated_signs_and_bits_of_one():
+    model, x = NormedNet(), normal(32, 4)
+    config = cj.QuantConfig(
+        weight_bits=1, grid="midrise", rules=(cj.Rule("second", weight_bits=1, act_bits=1),)
+    )
+    qmodel, variables = cj.quantize_model(model, config).calibrate(model.init(KEY, x), [x])
+    frozen = qmodel.freeze(variables)
+    assert not frozen.sites["second"].act_signed  # after relu
+    np.testing.assert_array_equal(frozen.apply(x), jax.jit(qmodel.apply)(variables, x))
+
+
+@pytest.mark.quick
+def test_codes_and_levels_are_quantize_and_codebook():
+    qmodel = cj.quantize_model(NormedNet(), cj.QuantConfig(weight_bits=3))
+    variables = drawn(qmodel, normal(5, 4))
+    frozen, found = qmodel.freeze(variables), qmodel.quantizers(variables)["first"]
+    mu, scale = found["weight_mu"], found["weight_scale"]
+    kernel = variables["params"]["first"]["kernel"]
+    expected = cj.quantize(kernel, mu, scale, bits=3).astype(jnp.int32) + 3
+    codes = unpack(frozen.arrays["codes"]["first"], 3, kernel.shape)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_allclose(
+        frozen.arrays["levels"]["first"], cj.codebook(mu, scale, bits=3)[0], rtol=1e-6
+    )
+    np.testing.assert_array_equal(
+        frozen.weight("first"), frozen.arrays["levels"]["first"][np.asarray(expected)]
+    )
+
+
+def test_a_float_kernel_of_few_bits_stays_of_its_type():
+    model = nn.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    x = normal(5, 4, dtype=jnp.bfloat16)
+    assert_frozen_equals(model, cj.QuantConfig(weight_granularity="channel"), x)
+
+
+@pytest.mark.quick
+def test_packed_bytes_are_arguments_and_no_kernel_is_a_constant():
+    qmodel = cj.quantize_model(nn.Dense(64), cj.QuantConfig(weight_bits=4))
+    x = normal(2, 64)
+    frozen = qmodel.freeze(qmodel.init(KEY, x))
+    traced = jax.make_jaxpr(frozen.apply)(x)
+    (call,) = (eqn for eqn in traced.jaxpr.eqns if eqn.params.get("name") == "_run")
+    shapes = {var.aval.str_short() for var in call.invars}
+    assert f"uint8[{64 * 64 // 2}]" in shapes
+    assert not call.params["jaxpr"].consts
+    leaves = jax.tree.leaves(frozen)  # a pytree: what holds it in a jit passes its arrays
+    assert sum(leaf.nbytes for leaf in leaves) < 64 * 64 // 2 + 600
+
+
+def test_weights_take_their_packed_bytes_and_one_layers_levels():
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for i in range(8):
+                x = nn.relu(nn.Dense(256, use_bias=False, name=f"dense{i}")(x))
+            return x
+
+    x, one = normal(4, 256), 4 * 256 * 256
+    qmodel = cj.quantize_model(Deep(), cj.QuantConfig(weight_bits=4))
+    frozen = qmodel.freeze(qmodel.init(KEY, x))
+    memory = jax.jit(lambda frozen, x: frozen.apply(x)).lower(frozen, x).compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 8 * one / 8 + 20_000
+    assert memory.temp_size_in_bytes < 2.5 * one  # all eight expanded would be 8
+
+
+def test_computed_weights_need_an_input():
+    model, x = Net(nn.WeightNorm(nn.Dense(6))), normal(5, 4)
+    qmodel = cj.quantize_model(model, cj.QuantConfig())
+    variables = drawn(qmodel, x)
+    frozen = qmodel.freeze(variables)  # what it was last called with is known
+    found = frozen.sites["layer/layer_instance"].weight
+    assert found.leaf_shape == (4, 6)
+    expected = jax.jit(qmodel.apply)(variables, x)
+    np.testing.assert_array_equal(frozen.apply(x), expected)
+
+    other = Net(nn.WeightNorm(nn.Dense(6)))  # never called
+    assert not remembered_calls(other)
+    never = cj.quantize_model(other, cj.QuantConfig())
+    with pytest.raises(ValueError, match="no available implicit dtype promotion path"):
+        never.freeze(variables).apply(x)
+    given = cj.quantize_model(Net(nn.WeightNorm(nn.Dense(6))), cj.QuantConfig())
+    np.testing.assert_array_equal(given.freeze(variables, x).apply(x), expected)
+
+
+class StackedNorm(nn.Module):
+    """Layers that compute their weights, stacked."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.vmap(
+            lambda module, x: nn.WeightNorm(nn.Dense(4))(x),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
+        return layers(self, x)
+
+
+def test_computed_weights_in_a_stack_are_refused():
+    qmodel, x = cj.quantize_model(StackedNorm(), cj.QuantConfig()), normal(3, 5, 4)
+    variables = drawn(qmodel, x)
+    with pytest.raises(ValueError, match="computes several weights from its parameters"):
+        qmodel.freeze(variables, x)
+
+
+class Tied(nn.Module):
+    """An embedding whose table is also used directly, which quantization does not reach."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(7, 6, name="embed")
+        return embed(ids) @ embed.embedding.T
+
+
+def test_a_kernel_that_is_used_otherwise_is_no_silent_error():
+    ids = jnp.arange(5, dtype=jnp.int32)
+    qmodel = cj.quantize_model(Tied(), cj.QuantConfig())
+    frozen = qmodel.freeze(drawn(qmodel, ids))
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match="no available implicit dtype promotion path"),
+    ):
+        frozen.apply(ids)
+
+
+@pytest.mark.quick
+def test_what_cannot_be_frozen():
+    qmodel = cj.quantize_model(NormedNet(), cj.QuantConfig())
+    variables = drawn(qmodel, normal(5, 4))
+    with pytest.raises(ValueError, match="`variables` must hold the collection 'compand'"):
+        qmodel.freeze({"params": variables["params"]})
+    kernel = variables["params"]["first"]["kernel"].at[0, 0].set(jnp.nan)
+    first = {**variables["params"]["first"], "kernel": kernel}
+    broken = {**variables, "params": {**variables["params"], "first": first}}
+    with pytest.raises(ValueError, match="must be finite, the weight of site 'first' is not"):
+        qmodel.freeze(broken)
+
+
+def test_options_of_the_call():
+    qmodel, x = cj.quantize_model(NormedNet(), cj.QuantConfig()), normal(5, 4)
+    variables = drawn(qmodel, x)
+    frozen = qmodel.freeze(variables, x, train=False)
+    np.testing.assert_array_equal(frozen.apply(x, train=False), frozen.apply(x))
+    assert dict(frozen.signature.options) == {"train": False}
+    assert frozen.signature.inputs == (((5, 4), "float32"),)
+    rngs = {"dropout": KEY}
+    trained, _ = frozen.apply(x, train=True, rngs=rngs, mutable=["batch_stats"])
+    run = jax.jit(lambda v: qmodel.apply(v, x, train=True, rngs=rngs, mutable=["batch_stats"])[0])
+    np.testing.assert_array_equal(trained, run(variables))
+
+
+@pytest.mark.parametrize("make", [Tokens, Twice, lambda: Stack("scan"), NormedNet])
+def test_dense_is_the_same_within_rounding(make):
+    model = make()
+    x = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) % 7 if make is Tokens else normal(5, 4)
+    _, variables, frozen = assert_frozen_equals(model, cj.QuantConfig(act_bits=None), x)
+    np.testing.assert_allclose(frozen.apply_dense(x), frozen.apply(x), atol=1e-5)
+    paths = set(traverse_util.flatten_dict(frozen.variables(dense=True)))
+    assert paths == {p for p in traverse_util.flatten_dict(variables) if p[0] != "compand"}
+
+
+@pytest.mark.quick
+def test_paths_as_names():
+    for path in (("a",), ("a", "b/c", "~1"), ("", "x"), ("~", "/")):
+        assert split_path(join_path(path)) == path

@@ -1,0 +1,31 @@
+"""A script called in this process, as from a command line."""
+
+import sys
+
+import command_line
+import pytest
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a script's main in this process: its exit status, its output, its errors."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        try:
+            status = command_line.run_script(script.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def error_of(result):
+    """The error's text: one line on stderr, nothing on stdout, and exit status 2."""
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").strip()
