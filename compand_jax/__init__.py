@@ -1,5 +1,6 @@
-"""Mu-law companding quantization of Flax Linen networks to 2 to 8 bits, with learned mu."""
+"""Mu-law companding quantization of Flax networks to 2 to 8 bits, with learned mu."""
 
+from compand_jax.calibration.arrays import fit as fit
 from compand_jax.core.codebooks import codebook as codebook
 from compand_jax.core.companding import mu_law_compress as mu_law_compress
 from compand_jax.core.companding import mu_law_expand as mu_law_expand
@@ -10,9 +11,15 @@ from compand_jax.frozen.model import FrozenModel as FrozenModel
 from compand_jax.frozen.model import load_frozen as load_frozen
 from compand_jax.layers.config import QuantConfig as QuantConfig
 from compand_jax.layers.config import Rule as Rule
+from compand_jax.layers.parametrization import mu_from_theta as mu_from_theta
+from compand_jax.layers.parametrization import rho_from_scale as rho_from_scale
+from compand_jax.layers.parametrization import scale_from_rho as scale_from_rho
+from compand_jax.layers.parametrization import theta_from_mu as theta_from_mu
 from compand_jax.layers.partition import partition_optimizer as partition_optimizer
 from compand_jax.linen.quantized_model import QuantizedModel as QuantizedModel
 from compand_jax.linen.quantized_model import quantize_model as quantize_model
 from compand_jax.linen.sites import Site as Site
 from compand_jax.models.torch_weights import import_state_dict as import_state_dict
 from compand_jax.models.torch_weights import load_npz_state_dict as load_npz_state_dict
+
+__version__ = "0.1.0"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import compand_jax
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -61,6 +63,7 @@ def test_every_dependency_has_a_lower_bound():
 def test_version_is_the_same_everywhere():
     version = PROJECT["version"]
     assert importlib.metadata.version("compand-jax") == version
+    assert compand_jax.__version__ == version
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     released = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == version
