@@ -2,7 +2,9 @@
 
 import ast
 import importlib.metadata
+import json
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -67,3 +69,65 @@ def test_version_is_the_same_everywhere():
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     released = re.findall(r"^## \[([\d.]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == version
+
+
+# All that `import compand_jax` may need; each brings along what it needs itself.
+LIGHT = {"jax", "flax", "optax", "numpy", "jaxtyping", "safetensors"}
+BLOCKED = """
+import importlib, json, sys
+
+blocked = set(json.loads(sys.argv[1]))
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import compand_jax
+from compand_jax.data.images import load_data
+
+said = {}
+for name in json.loads(sys.argv[2]):
+    try:
+        load_data("digits") if name == "digits" else importlib.import_module(name)
+    except ImportError as error:
+        said[name] = str(error)
+print(json.dumps(said))
+"""
+
+
+def in_a_fresh_process(code, *arguments):
+    command = [sys.executable, "-c", code, *map(json.dumps, arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_import_needs_few_packages_and_the_others_name_themselves():
+    others = {name_of(requirement) for requirement in PROJECT["dependencies"]} - LIGHT
+    blocked = [
+        name
+        for name, found in importlib.metadata.packages_distributions().items()
+        if others & {name_of(distribution) for distribution in found}
+    ]
+    assert {"orbax", "tensorflow_datasets", "sklearn", "matplotlib", "tqdm", "scipy"} <= {*blocked}
+    needing = {
+        "compand_jax.data.cifar": ("CIFAR", "tqdm", "tqdm"),
+        "compand_jax.training.checkpoints": ("checkpoints", "orbax", "orbax-checkpoint"),
+        "digits": ("the digits", "sklearn", "scikit-learn"),
+        "compand_jax.experiments.ptq.plots": ("a picture", "matplotlib", "matplotlib"),
+        "compand_jax.experiments.benchmark.report": ("a picture", "matplotlib", "matplotlib"),
+    }
+    said = in_a_fresh_process(BLOCKED, blocked, list(needing))
+    assert said == {
+        name: f"{what} needs {package} (No module named {module!r}): pip install {package!r}"
+        for name, (what, module, package) in needing.items()
+    }
+
+
+def test_import_is_quick():
+    code = (
+        "import flax.linen, optax, time; began = time.process_time(); "
+        "import compand_jax; print(time.process_time() - began)"
+    )
+    # The quickest of a few: what else runs on the machine is not to count.
+    assert min(in_a_fresh_process(code) for _ in range(3)) < 0.3

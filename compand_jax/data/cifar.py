@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
-from tqdm import tqdm
 
 from compand_jax.data.cifar_archive import (
     SIDE,
@@ -24,6 +21,14 @@ from compand_jax.data.cifar_archive import (
     download_archive,
     read_archive,
 )
+from compand_jax.data.packages import needed_for
+
+with needed_for("CIFAR", "tensorflow-datasets"):
+    import tensorflow_datasets as tfds
+with needed_for("CIFAR", "pillow"):
+    from PIL import Image
+with needed_for("CIFAR", "tqdm"):
+    from tqdm import tqdm
 
 # The version of tensorflow-datasets' own builder, whose features and order these are.
 VERSION = "3.0.2"

@@ -18,7 +18,11 @@ from types import MappingProxyType
 from typing import NoReturn
 
 import numpy as np
-from tqdm import tqdm
+
+from compand_jax.data.packages import needed_for
+
+with needed_for("CIFAR", "tqdm"):
+    from tqdm import tqdm
 
 SIDE = 32
 PIXEL_BYTES = 3 * SIDE * SIDE

@@ -10,6 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
+from compand_jax.data.packages import needed_for
+
 DATASETS = ("digits", "cifar10", "cifar100")
 _DIGITS_TEST = 360
 _DIGITS_SEED = 0
@@ -135,8 +137,9 @@ def prepare_cifar(
 
 def _digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     # Imported here because scikit-learn is slow to import, and only the digits need it.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with needed_for("the digits", "scikit-learn"):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
 
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 from jax.sharding import SingleDeviceSharding
-from orbax.checkpoint.options import MultiprocessingOptions
 
+from compand_jax.data.packages import needed_for
 from compand_jax.training.distributed import is_main, wait_for_all
+
+with needed_for("checkpoints", "orbax-checkpoint"):
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.options import MultiprocessingOptions
 
 Tree = Any
 _MAX_TO_KEEP = 2

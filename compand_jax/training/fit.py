@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
-from tqdm import tqdm
 
 from compand_jax.data.images import ImageData, augment, normalize
+from compand_jax.data.packages import needed_for
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import data_mesh as data_mesh
 from compand_jax.training.distributed import everywhere, is_main, replicate, split
@@ -29,6 +29,9 @@ from compand_jax.training.steps import create_state as create_state
 from compand_jax.training.steps import eval_step as eval_step
 from compand_jax.training.steps import evaluate as evaluate
 from compand_jax.training.steps import train_step as train_step
+
+with needed_for("training", "tqdm"):
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True)

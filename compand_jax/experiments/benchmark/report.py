@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from compand_jax.data.packages import needed_for
+
+with needed_for("a picture", "matplotlib"):
+    from matplotlib.figure import Figure
 
 CURVES = {
     "bits": "bits of weights and activations",

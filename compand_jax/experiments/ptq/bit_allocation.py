@@ -28,8 +28,8 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
-from scipy.optimize import Bounds, LinearConstraint, milp
 
+from compand_jax.data.packages import needed_for
 from compand_jax.experiments.ptq.settings import (
     Setting,
     TrainedNetwork,
@@ -42,6 +42,9 @@ from compand_jax.experiments.ptq.settings import (
 )
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import Rule
+
+with needed_for("a budget of bits", "scipy"):
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
 # Images that a divergence is measured on: it is a mean, and known well enough from so many.
 _MOST_IMAGES = 1024
@@ -182,4 +185,3 @@ def mixed_bits(setting: Setting, bits: Mapping[str, int]) -> Setting:
 
 def _grid(bits: int) -> str:
     return "midrise" if bits == 2 else "midtread"
-

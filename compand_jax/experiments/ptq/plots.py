@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from compand_jax.data.packages import needed_for
+
+with needed_for("a picture", "matplotlib"):
+    from matplotlib.figure import Figure
 
 _WIDTH = 12.0
 _ROW_HEIGHT = 4.2

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from compand_jax.calibration.fit import CALIBRATIONS
 from compand_jax.data.calibration_images import choose_calibration_images
 from compand_jax.data.images import DATASETS
+from compand_jax.data.packages import needed_for
 from compand_jax.experiments.ptq.bit_allocation import (
     SiteLosses,
     allocate_bits,
@@ -45,6 +44,9 @@ from compand_jax.experiments.ptq.tables import base_setting, tables
 from compand_jax.experiments.runs.checkpoint import Checkpoint, digest, load_checkpoint
 from compand_jax.experiments.runs.directory import provenance, write_json
 from compand_jax.models import MODELS
+
+with needed_for("post-training quantization", "tqdm"):
+    from tqdm import tqdm
 
 BITS = tuple(range(2, 9))
 
