@@ -1,66 +1,107 @@
-"""The README: its code runs, its commands are right, its tables are those of the records."""
+"""README and pages: code runs, commands parse, links resolve, tables are those of the records."""
 
+import importlib
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import command_line
 import pytest
-import study
-import update_readme
+import report
 
 from compand_jax.experiments.ptq.record import document, results_by_setting
+from compand_jax.experiments.ptq.run import PostTrainingConfig
 from compand_jax.experiments.ptq.tables import base_setting, tables
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, METHODS, RunConfig, preset
-from compand_jax.experiments.runs.report import results_table
 from compand_jax.experiments.study.grid import STUDIES, study_cells
 from compand_jax.experiments.study.report import read_records
 from compand_jax.experiments.study.run import shard
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in report.pages(ROOT)}
+PAGES |= {name: (ROOT / name).read_text() for name in ["CONTRIBUTING.md"]}
+README = PAGES["README.md"]
 
 
-def code_blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def code_blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
-def commands():
-    return [line for block in code_blocks("bash") for line in block.splitlines()]
+def prose(page):
+    """A page without its code."""
+    return re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
 
 
-CHECKS = """
+def commands(start):
+    blocks = (block for page in PAGES for block in code_blocks(page, "bash"))
+    lines = (line for block in blocks for line in block.splitlines())
+    return sorted({line for line in lines if start in line})
+
+
+# What has to hold at the end of a page's code.
+CHECKS = {
+    "README.md": """
 assert logits.shape == (256, 10)
 assert set(quantizers) == {"layers_0", "layers_2"}
 assert jnp.isfinite(loss)
-assert (values == same).all() and grad_mu != 0
+assert config.at("layers_0").weight_bits == 8 and config.at("layers_2").weight_bits == 3
+""",
+    "docs/calibration.md": """
 kernels = [tree["params"]["layers_0"]["kernel"] for tree in (variables, rounded)]
 assert (kernels[0] != kernels[1]).any() and len(jnp.unique(kernels[1][:, 0])) <= 7
-"""
+""",
+    "docs/frozen_format.md": """
+assert (frozen.apply(x) == logits).all()
+assert (jax.jit(qmodel.apply)(variables, x) == logits).all()
+""",
+    "docs/quantizers.md": """
+assert (values == same).all() and grad_mu != 0
+assert len(levels) == 15 and len(thresholds) == 14
+assert scales.shape == (1, 32) and largest == jnp.abs(kernel).max()
+errors = [jnp.mean((q - kernel) ** 2) for q in (quantized, by_column)]
+assert errors[1] < errors[0] and jnp.allclose(error(theta, rho), errors[0], rtol=1e-4)
+assert all(jnp.isfinite(gradient) for gradient in gradients)
+""",
+}
 
 
 @pytest.mark.quick
-def test_code_runs_as_written(tmp_path):
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")])
+def test_code_runs_as_written(page, tmp_path):
     # In a process of its own: a reader's jax is not as strict as the one of the tests.
-    command = [sys.executable, "-W", "error", "-c", "".join([*code_blocks("python"), CHECKS])]
+    code = "".join([*code_blocks(page, "python"), "import jax.numpy as jnp\n", CHECKS[page]])
+    command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "model.safetensors").is_file()
-    assert "layers_0" in done.stdout
+    if "print(" in code:
+        assert "layers_0" in done.stdout
 
 
 @pytest.mark.quick
 def test_own_model_is_quantized_in_ten_lines():
-    lines = [line for line in code_blocks("python")[0].splitlines() if line]
+    lines = [line for line in code_blocks("README.md", "python")[0].splitlines() if line]
     assert len(lines) == 10
+
+
+@pytest.mark.quick
+def test_readme_is_short_and_begins_with_formula_and_picture():
+    lines = README.splitlines()
+    assert len(lines) <= 220
+    assert {"$$", "## Two commands"} < set(lines)
+    first_screen = README.partition("## Two commands")[0]
+    assert first_screen.count("\n$$\n") == 2
+    assert re.search(r"!\[[^]]+\]\(results/[^)]+\.png\)", first_screen)
+    assert [page for page in PAGES if f"({page})" not in README] == ["README.md"]
 
 
 def test_ci_runs_the_two_commands():
     two = ["pip install -e . && python scripts/train.py", "pip install -e '.[test]' && pytest"]
-    assert [line for line in commands() if line.startswith("pip")] == two
+    found = [line for block in code_blocks("README.md", "bash") for line in block.splitlines()]
+    assert [line for line in found if line.startswith("pip")] == two
     patterns = re.findall(
         r"\$\(grep -E ['\"](.*)['\"] README\.md\)", (ROOT / ".ci/run").read_text()
     )
@@ -70,25 +111,31 @@ def test_ci_runs_the_two_commands():
     assert found == [[line] for line in two]
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python scripts/train")])
-def test_training_commands_parse(command):
-    name, *args = shlex.split(command)[2:]
-    config = command_line.parse(RunConfig, args, default=preset(name))
-    assert (config != preset(name)) == bool(args)
-
-
-@pytest.mark.parametrize("command", [c for c in commands() if "scripts/study.py" in c])
-def test_study_commands_parse(command):
-    args = shlex.split(command.replace("$SLURM_ARRAY_TASK_ID", "7"))
-    options = command_line.parse(study.Args, args[args.index("scripts/study.py") + 1 :])
-    cells = study_cells(options.preset)
-    assert 0 < len(shard(cells, options.shard)) <= len(cells)
+@pytest.mark.parametrize("command", commands("python scripts/"))
+def test_commands_parse(command):
+    arguments = shlex.split(command.replace("$SLURM_ARRAY_TASK_ID", "7"), comments=True)
+    if arguments[0] == "gcloud":  # the command that every worker is given
+        arguments = shlex.split(arguments[-1].partition("=")[2])
+    at = next(i for i, text in enumerate(arguments) if text.startswith("scripts/"))
+    name, args = Path(arguments[at]).stem, arguments[at + 1 :]
+    if name == "train":
+        start = args.pop(0) if args else "digits"
+        config = command_line.parse(RunConfig, args, default=preset(start))
+        assert (config != preset(start)) == bool(args)
+    elif name == "ptq":
+        assert command_line.parse(PostTrainingConfig, ["--checkpoint", *args])
+    else:
+        options = command_line.parse(importlib.import_module(name).Args, args)
+        if name == "study":
+            cells = study_cells(options.preset)
+            assert 0 < len(shard(cells, options.shard)) <= len(cells)
 
 
 def test_studies_are_named_and_have_a_block():
     for name in STUDIES:
-        assert f"| `{name}` |" in README
-        assert README.count(f"<!-- results:{name} -->") == (name != "smoke")
+        assert f"| `{name}` |" in PAGES["docs/studies.md"]
+        blocks = sum(text.count(f"<!-- results:{name} -->") for text in PAGES.values())
+        assert blocks == (name != "smoke")
 
 
 @pytest.mark.parametrize(
@@ -117,21 +164,66 @@ def test_records_of_studies_are_complete_and_small(path):
     assert not any(str(Path.home()) in file.read_text() for file in path.parent.rglob("*.json"))
 
 
-def test_files_named_exist():
-    targets = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    targets += re.findall(r"\bscripts/\w+\.py\b", README)
-    assert len(targets) > 5
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_tables_are_those_of_the_records(monkeypatch):
+@pytest.mark.quick
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_named_exist(page):
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(page))
+    for link in links:
+        target, _, anchor = link.partition("#")
+        path = (folder / target).resolve() if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text()), link
+    places = r"(?:scripts|tests|docs|compand_jax|results|notebooks|\.github|\.ci)/[\w./-]*\w/?"
+    named = re.findall(rf"(?<![\w./-]){places}", re.sub(r"\]\([^)]*\)", "", PAGES[page]))
+    assert [
+        name for name in sorted({*named} - {"results/NAME"}) if not (ROOT / name).exists()
+    ] == []
+
+
+@pytest.mark.quick
+def test_architecture_has_every_room_and_names_what_there_is():
+    text = PAGES["docs/architecture.md"]
+    folders = {path.parent.name for path in ROOT.glob("compand_jax/*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == folders
+    files = re.findall(r"`(\w+/[\w/]+\.py)`", text.replace("compand_jax/", ""))
+    known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")]
+    assert [f for f in files if not {f, f"compand_jax/{f}"} & set(known)] == []
+    code = "\n".join(path.read_text() for path in ROOT.glob("compand_jax/**/*.py"))
+    named = re.findall(r"`(?:\w+\.)*(\w+)`\s\((?:in )?`", text)
+    assert len(named) > 3
+    assert [name for name in named if not re.search(rf"(def|class) {name}\b", code)] == []
+
+
+@pytest.mark.quick
+def test_architecture_states_the_import_contract():
+    rooms = dict(re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", PAGES["docs/architecture.md"], re.M))
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = [layer.split(" | ") for layer in contracts["contracts"][0]["layers"]]
+    for i, layer in enumerate(layers):
+        below = {room for lower in layers[i + 1 :] for room in lower}
+        for room in layer:
+            stated = set(re.findall(r"`(\w+)`", rooms[room]))
+            assert stated <= below, room
+    assert set(rooms) == {room for layer in layers for room in layer}
+
+
+def test_tables_are_those_of_the_records():
     # Without records a block has to be empty, so that no number is ever written by hand.
-    monkeypatch.chdir(ROOT)
-    for name in ("alexnet-cifar10", "ptq-resnet20-cifar10"):
-        assert README.count(f"<!-- results:{name} -->") == 1
-    assert update_readme.fill(README, Path("results")) == README
-    outside = re.sub(r"<!-- results:.*?<!-- /results -->", "", README, flags=re.DOTALL)
-    assert not re.search(r"\d\d\.\d+ ?%", outside), "an accuracy that is in no record"
+    for name in ("alexnet-cifar10", "ptq-resnet20-cifar10", "benchmark-cpu"):
+        assert sum(text.count(f"<!-- results:{name} -->") for text in PAGES.values()) == 1
+    for page, text in report.filled(ROOT).items():
+        assert text == page.read_text(), page
+    for page, text in PAGES.items():
+        outside = re.sub(r"<!-- (\w+):.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
+        found = re.search(r"\d\d\.\d+ ?%", outside)
+        assert not found, f"an accuracy that is in no record, in {page}"
 
 
 @pytest.mark.parametrize(
@@ -167,82 +259,3 @@ def check_post_training(path, record):
         assert row["accuracy"] == 100 * row["correct"] / row["total"]
         assert row["total"] == record["config"]["test_images"]
     assert {"versions", "devices", "date"} <= record.keys()
-
-
-RESULTS = [
-    {
-        "stage": FULL_PRECISION,
-        "weight_bits": None,
-        "act_bits": None,
-        "mu_scope": None,
-        "test_accuracy": 50.0,
-        "correct": 5,
-        "total": 10,
-        "model_bytes": 1000,
-    }
-]
-BLOCK = "<!-- results:a-b -->\n{}<!-- /results -->\n"
-
-
-def record(root, results=RESULTS):
-    directory = root / "results" / "a-b"
-    directory.mkdir(parents=True)
-    (directory / "results.json").write_text(json.dumps(results))
-    (directory / "results.md").write_text(f"# a on b\n\n{results_table(results)}\n\nMore.\n")
-    return directory
-
-
-def test_update_fills_the_block_and_only_it(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    record(tmp_path)
-    Path("README.md").write_text("before\n" + BLOCK.format("stale\n") + "after\n")
-    with pytest.raises(ValueError, match=r"`readme` must have the tables .* got others"):
-        update_readme.main(["--check"])
-    update_readme.main([])
-    text = Path("README.md").read_text()
-    assert text.startswith("before\n<!-- results:a-b -->\n\n| method")
-    assert text.endswith("[results/a-b](results/a-b).\n\n<!-- /results -->\nafter\n")
-    assert results_table(RESULTS) in text
-    update_readme.main(["--check"])
-    assert capsys.readouterr().out.endswith("README.md is unchanged\n")
-
-
-def test_record_of_post_training_fills_its_block_up_to_the_details(tmp_path):
-    record = {
-        "config": {"model": "b", "dataset": "c", "images": 7, "seed": 0, "batch_stats": True},
-        "rows": [], "divergences": [{"site": "conv", "weight_bits": 3, "divergence": 0.25}],
-        "sensitivity": [{"site": "conv", "weights": 9, "weight_bits": 3, "grid": "midtread",
-                         "accuracy": 12.5, "weight_sqnr": None}],
-        "budgets": [], "seconds": {}, "workers": 2, "versions": {"jax": "1"}, "devices": "abacus",
-        "date": "2026",
-    }  # fmt: skip
-    directory = tmp_path / "results" / "a-b"
-    directory.mkdir(parents=True)
-    (directory / "results.json").write_text(json.dumps(record))
-    (directory / "results.md").write_text(document(record))
-    text = update_readme.fill(BLOCK.format("stale"), tmp_path / "results")
-    assert "7 training images for calibration" in text
-    assert "12.50 %" in document(record)
-    assert "12.50 %" not in text
-    (directory / "results.md").write_text(document(record).replace("12.50 %", "99.00 %"))
-    with pytest.raises(ValueError, match="`results` must have the same table"):
-        update_readme.fill(BLOCK.format(""), tmp_path / "results")
-
-
-def test_block_without_record_is_empty(tmp_path):
-    text = update_readme.fill(BLOCK.format("| 99.99 % |\n"), tmp_path / "results")
-    assert text == BLOCK.format("")
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_record_needs_one_block(tmp_path, count):
-    record(tmp_path)
-    with pytest.raises(ValueError, match=rf"`readme` must have one block .* got {count}"):
-        update_readme.fill(BLOCK.format("") * count, tmp_path / "results")
-
-
-def test_record_that_contradicts_itself_is_refused(tmp_path):
-    directory = record(tmp_path)
-    (directory / "results.json").write_text(json.dumps([RESULTS[0] | {"test_accuracy": 60.0}]))
-    with pytest.raises(ValueError, match="`results` must have the same table"):
-        update_readme.fill(BLOCK.format(""), tmp_path / "results")

@@ -130,8 +130,12 @@ def keep_report(directory: Path, kept: Path) -> None:
     new.rename(kept)
 
 
-def study_block(kept: Path) -> str:
-    """Returns the README's text on a kept study.
+def study_block(kept: Path, link: str) -> str:
+    """Returns a page's text on a kept study.
+
+    Args:
+      kept: the study's directory in results/.
+      link: where that is, from the page.
 
     Raises:
       FileNotFoundError: if no cell is finished.
@@ -144,10 +148,9 @@ def study_block(kept: Path) -> str:
                 f"`results` must have the {name} of its records, got another in {kept}: run "
                 f"scripts/report.py {kept}"
             )
-    place = kept.as_posix()
-    picture = f"![Test accuracy against bits]({place}/accuracy.png)"
-    rest = f"Every mean and mu: [{place}/report.md]({place}/report.md)."
-    return f"\n{_text(records)}\n\n{picture}\n\n{rest}\n\n"
+    picture = f"![Test accuracy against bits]({link}/accuracy.png)"
+    rest = f"Every mean and mu: [results/{kept.name}/report.md]({link}/report.md)."
+    return f"{_text(records)}\n\n{picture}\n\n{rest}"
 
 
 def _failures(directory: Path) -> list[tuple[Path, dict[str, Any]]]:

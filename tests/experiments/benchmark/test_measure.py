@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import update_readme
+import report
 
 from compand_jax.experiments.benchmark import measure as benchmark
 from compand_jax.experiments.benchmark import measure_frozen as benchmark_frozen
@@ -160,13 +160,17 @@ def test_plot(tmp_path):
 
 
 @pytest.mark.quick
-def test_block_in_the_readme(tmp_path):
-    place = tmp_path / "benchmark-cpu"
-    place.mkdir()
-    block = "<!-- benchmark-cpu -->\n{}<!-- /benchmark -->\n"
-    assert update_readme.fill(block.format("stale\n"), tmp_path) == block.format("")
+def test_block_of_a_page(tmp_path):
+    place, page = tmp_path / "results" / "benchmark-cpu", tmp_path / "README.md"
+    place.mkdir(parents=True)
+    block = "<!-- results:benchmark-cpu -->\n{}<!-- /results -->\n"
+    page.write_text(block.format("stale\n"))
+    assert report.filled(tmp_path)[page] == block.format("")
     (place / "benchmark.json").write_text(json.dumps(RECORD))
-    assert benchmark_text(RECORD) in update_readme.fill(block.format("stale\n"), tmp_path)
+    assert benchmark_text(RECORD) in report.filled(tmp_path)[page]
+    page.write_text("no block\n")
+    with pytest.raises(ValueError, match="`root` must have one block for each record, got 0 for"):
+        report.filled(tmp_path)
 
 
 def test_script_measures_and_records(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import report
-import update_readme
 
 from compand_jax.experiments.runs.directory import write_json
 from compand_jax.experiments.study.records import ROW
@@ -224,28 +223,28 @@ def test_kept_records_fill_the_readme_and_only_agreeing_ones(directory, tmp_path
     kept = Path("results/smoke")
     again = {path.name: path.read_bytes() for path in write_report(kept) if path.suffix != ".png"}
     assert again == {name: (directory / name).read_bytes() for name in again}
-    update_readme.main(["--check"])
+    report.main(["--check"])
 
     (kept / "report.md").write_text("# The study smoke\n")
     with pytest.raises(ValueError, match="`results` must have the report.md of its records, got"):
-        study_block(kept)
+        study_block(kept, "results/smoke")
     write_report(kept)
     path = kept / "summary.csv"
     path.write_text(path.read_text().replace("-9.0", "-8.0"))
     with pytest.raises(ValueError, match="`results` must have the summary.csv of its records, got"):
-        study_block(kept)
+        study_block(kept, "results/smoke")
     write_report(kept)
     path = kept / "records" / "mu-0.json"
     changed = json.loads(path.read_text())
     changed["row"]["accuracy"] = 79.9
     write_json(path, changed)
     with pytest.raises(ValueError, match="`results` must have the results.csv of its records, got"):
-        update_readme.main(["--check"])
+        report.main(["--check"])
     write_report(kept)
-    with pytest.raises(ValueError, match="`readme` must have the tables of results, got others"):
-        update_readme.main(["--check"])
-    update_readme.main([])
-    update_readme.main(["--check"])
+    with pytest.raises(ValueError, match="`root` must have the tables of its records, got others"):
+        report.main(["--check"])
+    report.main([])
+    report.main(["--check"])
 
 
 def test_a_new_report_replaces_what_was_kept(directory, tmp_path):
@@ -254,9 +253,9 @@ def test_a_new_report_replaces_what_was_kept(directory, tmp_path):
     (directory / "records" / "uniform-1.json").unlink()
     keep_report(directory, kept)
     assert not (kept / "records" / "uniform-1.json").exists()
-    assert study_block(kept)
+    assert study_block(kept, "results/smoke")
     keep_report(kept, kept)
-    assert study_block(kept)
+    assert study_block(kept, "results/smoke")
     assert [path.name for path in kept.parent.iterdir()] == ["smoke"]
 
 
@@ -268,16 +267,16 @@ def test_of_a_failure_the_error_is_kept_without_its_traceback(directory, tmp_pat
     keep_report(directory, kept)
     found = json.loads((kept / "failures" / "x.json").read_text())
     assert found == {"name": "x", "error": "ValueError: no", "date": "2026-01-02"}
-    assert study_block(kept)
+    assert study_block(kept, "results/smoke")
 
 
 def test_a_study_without_a_block_is_not_kept(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="`readme` must be a file, got README.md: correct"):
+    with pytest.raises(FileNotFoundError, match=r"`root` must hold README.md, got \.: give"):
         report.main([str(directory)])
     Path("README.md").write_text("no block\n")
     report.main([str(directory)])
-    assert "not kept: README.md has no block results:smoke" in capsys.readouterr().out
+    assert "not kept: no page of . has a block results:smoke" in capsys.readouterr().out
     assert (directory / "report.md").is_file()
     assert not Path("results").exists()
 
