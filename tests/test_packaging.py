@@ -131,3 +131,18 @@ def test_import_is_quick():
     )
     # The quickest of a few: what else runs on the machine is not to count.
     assert min(in_a_fresh_process(code) for _ in range(3)) < 0.3
+
+
+def test_address_is_the_same_everywhere():
+    address = PROJECT["urls"]["Repository"]
+    assert f"\nrepository-code: {address}\n" in (ROOT / "CITATION.cff").read_text()
+    for name in ("Documentation", "Changelog"):
+        url, _, path = PROJECT["urls"][name].partition("/main/")
+        assert url.rpartition("/")[0] == address
+        assert (ROOT / path).exists()
+    own = re.compile(r"https://github\.com/compand[\w-]*/\w+")
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*"), *ROOT.glob("notebooks/*.ipynb")]
+    files += ROOT.glob(".github/*/*.yml")
+    found = [url for path in files for url in own.findall(path.read_text())]
+    assert found
+    assert set(found) == {address}
