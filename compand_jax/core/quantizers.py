@@ -12,33 +12,19 @@ step size quantization", ICLR 2020.
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
-from compand_jax.core.codebooks import (
-    Spec,
-    check_parameters,
-    check_spec,
-    half_table,
-    look_up,
-    positions,
-    take,
-)
-from compand_jax.core.companding import compute_dtype, log1p_ratio, power_series
-from compand_jax.core.sums import sum_both
+from compand_jax.core._checks import check_codes, check_operands, check_parameters, compute_dtype
+from compand_jax.core._series import level_slope_in_mu
+from compand_jax.core._xla import look_up, sum_both, take
+from compand_jax.core.codebooks import Spec, check_spec, half_table, positions
 
 GRADIENTS = ("identity", "chain")
-
-# log(256): mu = 255 is the largest for which the number of terms below is meant.
-_LARGEST_LOG = math.log(256.0)
 
 
 def quantize(
@@ -72,7 +58,7 @@ def quantize(
     [-3 -1  0  1  3]
     """
     spec = check_spec(bits, signed, grid)
-    return _quantize(*_check_operands(x, mu, scale), spec)
+    return _quantize(*check_operands(x, mu, scale), spec)
 
 
 def dequantize(
@@ -113,7 +99,7 @@ def dequantize(
     if codes.dtype != spec.code_dtype:
         wanted = jnp.dtype(spec.code_dtype).name
         raise TypeError(f"`codes` must be {wanted} for signed={signed}, got {codes.dtype}")
-    _check_codes(codes, spec)
+    check_codes(codes, *spec.code_range, spec.bits)
     mu, scale = check_parameters(
         mu, scale, dtype=compute_dtype(jnp.dtype(dtype)), like=("codes", codes.shape)
     )
@@ -163,26 +149,7 @@ def fake_quantize(
     spec = check_spec(bits, signed, grid)
     if gradient not in GRADIENTS:
         raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
-    return _straight_through(*_check_operands(x, mu, scale), spec, gradient == "chain")
-
-
-def _check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Array, Array, Array]:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating, got {x.dtype}: convert it with x.astype(float)")
-    return x, *check_parameters(mu, scale, dtype=compute_dtype(x.dtype), like=("x", x.shape))
-
-
-def _check_codes(codes: Array, spec: Spec) -> None:
-    if isinstance(codes, Tracer) or codes.size == 0:
-        return
-    low, top = -spec.steps if spec.signed else 0, spec.steps - int(spec.midrise)
-    host = np.asarray(codes)
-    if host.min() < low or host.max() > top:
-        raise ValueError(
-            f"`codes` must be in [{low}, {top}] at {spec.bits} bits, "
-            f"got {host.min()} to {host.max()}"
-        )
+    return _straight_through(*check_operands(x, mu, scale), spec, gradient == "chain")
 
 
 # What is jitted: mu and scale are arguments of it also when called eagerly, so that a table is
@@ -194,11 +161,17 @@ def _magnitude(x: Array, spec: Spec) -> Array:
     return jnp.abs(x) if spec.signed else jnp.maximum(x, 0)
 
 
+def _look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec) -> Array:
+    """Returns the table's entry at the level of each magnitude."""
+    _, thresholds = half_table(mu, scale, spec)
+    return look_up(magnitude, table, thresholds, mu, scale, outer=spec.midrise)
+
+
 @functools.partial(jax.jit, static_argnums=3)
 def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     x = x.astype(mu.dtype)
     counts = jnp.arange(len(positions(spec)[0]), dtype=jnp.int32)
-    k = look_up(_magnitude(x, spec), mu, scale, counts, spec)
+    k = _look_up(_magnitude(x, spec), mu, scale, counts, spec)
     return jnp.where(x < 0, -k - int(spec.midrise), k).astype(spec.code_dtype)
 
 
@@ -219,7 +192,7 @@ def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
 def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
-    level = look_up(_magnitude(wide, spec), mu, scale, levels, spec)
+    level = _look_up(_magnitude(wide, spec), mu, scale, levels, spec)
     # 0 - level, not -level: the level at zero has one sign, as its code has.
     signed = jnp.where(wide < 0, 0 - level, level) if spec.signed else level
     return jnp.where(jnp.isnan(wide), wide, signed).astype(x.dtype)
@@ -244,68 +217,16 @@ def _pull_back(
     magnitude = _magnitude(wide, spec)
     table, _ = half_table(mu, jnp.ones_like(scale), spec)
     v = jnp.minimum(magnitude / scale, 1)
-    v_q = look_up(magnitude, mu, scale, table, spec)
+    v_q = _look_up(magnitude, mu, scale, table, spec)
 
     inside = magnitude < scale
     passes = inside if spec.signed else inside & (wide > 0)
     slope = (1 + mu * v_q) / (1 + mu * v) if chain else 1
     dx = jnp.where(passes, slope * g, 0).astype(x.dtype)
     signed_g = jnp.where(wide < 0, -g, g)
-    dmu = signed_g * scale * _level_slope_in_mu(v, v_q, mu, spec)
+    dmu = signed_g * scale * level_slope_in_mu(v, v_q, mu, spec.steps)
     dscale = signed_g * jnp.where(inside, v_q - v, v_q)
     return dx, *sum_both(dmu, dscale, mu.shape, scale.shape)
 
 
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
-
-
-def _level_slope_in_mu(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
-    """Returns dv_q/dmu with rounding passed through, without cancellation or a logarithm of v.
-
-    The textbook form (1/mu)[(1+mu v_q)(y_q-y)/(1+mu) + (v-v_q)/(1+mu v)] is 0/0 at mu = 0. With
-    d = y_q - y, L = log(1+mu), q = L/mu and s(z) = (expm1(z) - z)/z^2 it equals
-
-        d [(1 - q)/mu - (1 - v_q)/(1 + mu) - q^2 d s(d L)],
-
-    every term smooth through mu = 0, where it is (v_q - v)(v_q + v - 1)/2. And d needs no F(v):
-
-        d L = log((1 + mu v_q)/(1 + mu v)) = 2 atanh(t),   t = mu (v_q - v)/(2 + mu (v_q + v)).
-
-    |d| is at most half a step, so both series are short: the fewer levels, the longer.
-    """
-    q = log1p_ratio(mu)
-    d = _position_error(v, v_q, mu, spec)
-    z_max = _LARGEST_LOG / (2 * spec.steps)
-    count = _terms_needed(lambda n: z_max**n / math.factorial(n + 2))
-    s = power_series(d * (q * mu), tuple(1 / math.factorial(n + 2) for n in range(count)))
-    return d * (_one_minus_q_over_mu(mu) - (1 - v_q) / (1 + mu) - q * q * d * s)
-
-
-def _position_error(v: Array, v_q: Array, mu: Array, spec: Spec) -> Array:
-    """Returns d = y_q - F(v) as above, divided by no mu."""
-    t_max = math.tanh(_LARGEST_LOG / (4 * spec.steps))
-    few_steps = t_max > 0.7  # then the series would be long, and d is large enough for logarithms
-    t_max = min(t_max, 0.2) if few_steps else t_max
-    difference, total = v_q - v, 2 + mu * (v_q + v)
-    t = mu * difference / total
-    count = _terms_needed(lambda n: t_max ** (2 * n) / (2 * n + 1))
-    series = power_series(t * t, tuple(1 / (2 * n + 1) for n in range(count)))
-    d = 2 * difference / total * series / log1p_ratio(mu)
-    if not few_steps:
-        return d
-    logs = (jnp.log1p(mu * v_q) - jnp.log1p(mu * v)) / jnp.log1p(jnp.where(mu > 0, mu, 1))
-    return jnp.where(jnp.abs(t) < t_max, d, logs)
-
-
-def _terms_needed(term: Callable[[int], float]) -> int:
-    """Returns how many terms of a series there are before one that float32 does not see."""
-    return next(n for n in range(1, 99) if term(n) < 2.0**-24)
-
-
-@jax.jit  # so that it is traced once, for all sites
-def _one_minus_q_over_mu(mu: Array) -> Array:
-    """Returns (1 - q(mu))/mu = (mu - log1p(mu))/mu^2, 1/2 at mu = 0."""
-    near = mu < 0.2
-    safe = jnp.where(near, 1, mu)
-    series = power_series(mu, tuple((-1.0) ** n / (n + 2) for n in range(12)))
-    return jnp.where(near, series, (1 - log1p_ratio(safe)) / safe)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
-from compand_jax.core.codebooks import take
+from compand_jax.core._xla import take
 
 # Up to so many levels a chain of selections is cheaper than a gather, and fuses.
 _MAX_SELECTIONS = 16
