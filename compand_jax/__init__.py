@@ -7,6 +7,7 @@ from compand_jax.core.companding import mu_law_expand as mu_law_expand
 from compand_jax.core.quantizers import dequantize as dequantize
 from compand_jax.core.quantizers import fake_quantize as fake_quantize
 from compand_jax.core.quantizers import quantize as quantize
+from compand_jax.frozen.freeze import freeze as freeze
 from compand_jax.frozen.model import FrozenModel as FrozenModel
 from compand_jax.frozen.model import load_frozen as load_frozen
 from compand_jax.layers.config import QuantConfig as QuantConfig

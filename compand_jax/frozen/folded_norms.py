@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from compand_jax.frozen.sample import Call
 from compand_jax.layers.parametrization import get_leaf, site_path
-from compand_jax.linen.calls import Call
 from compand_jax.linen.interception import Observer, intercept_layers
 
 NORM_LEAVES = (
@@ -41,7 +41,7 @@ class Norm(NamedTuple):
 
 
 def foldable_norms(
-    model: nn.Module, variables: Mapping[str, Any], calls: Mapping[str, Call]
+    model: nn.Module, variables: Mapping[str, Any], call: Call
 ) -> dict[str, Norm]:
     """Returns the batch norms in evaluation that see a layer's output, by the layer's site.
 
@@ -51,30 +51,23 @@ def foldable_norms(
     Args:
       model: The Linen module.
       variables: Its variables, without "compand".
-      calls: Arguments to run its methods with, by name.
+      call: Arguments to run it with.
     """
-    found: list[dict[str, Norm]] = []
-    for method, call in calls.items():
-        norms: dict[str, Norm] = {}
+    norms: dict[str, Norm] = {}
 
-        def run(variables: Any, method=method, call=call, norms=norms) -> Any:
-            args, kwargs = call.zeros()
-            kwargs = {"rngs": jax.random.key(0), "mutable": True, "method": method} | kwargs
-            with intercept_layers(model, Observer()) as intercepted, nn.intercept_methods(
-                _marker(norms)
-            ):
-                return intercepted.apply(variables, *args, **kwargs)
+    def run(variables: Any) -> Any:
+        with intercept_layers(model, Observer()) as intercepted, nn.intercept_methods(
+            _marker(norms)
+        ):
+            return call.run(intercepted, variables)
 
-        pairs = _pairs(jax.make_jaxpr(run)(variables).jaxpr)
-        stacked = {  # seen from within, a norm in a stack is as one alone
-            name
-            for name in norms
-            if get_leaf(variables, ("batch_stats", *site_path(name), "mean")).ndim != 1
-        }
-        found.append({site: norms[norm] for site, norm in pairs.items() if norm not in stacked})
-    # One that a method uses in another way cannot be folded in the others either.
-    first = found[0] if found else {}
-    return {site: norm for site, norm in first.items() if all(f.get(site) == norm for f in found)}
+    pairs = _pairs(jax.make_jaxpr(run)(variables).jaxpr)
+    stacked = {  # seen from within, a norm in a stack is as one alone
+        name
+        for name in norms
+        if get_leaf(variables, ("batch_stats", *site_path(name), "mean")).ndim != 1
+    }
+    return {site: norms[norm] for site, norm in pairs.items() if norm not in stacked}
 
 
 def _marker(norms: dict[str, Norm]) -> Callable:

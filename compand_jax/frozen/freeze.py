@@ -1,7 +1,7 @@
 """From the variables of a quantized model to a frozen one."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from compand_jax.core.quantizers import quantize
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
 from compand_jax.frozen.packing import pack
+from compand_jax.frozen.sample import Call, abstract_call
 from compand_jax.frozen.tree import (
     KINDS,
     WEIGHT_TYPES,
@@ -28,36 +29,58 @@ from compand_jax.frozen.tree import (
 )
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.linen.calls import Call
 from compand_jax.linen.interception import Observer, intercept_layers
-from compand_jax.linen.sites import Site
+from compand_jax.linen.quantized_model import QuantizedModel, compand_of
 from compand_jax.linen.summary import WEIGHT_NAMES
 
 
 def freeze(
-    model: nn.Module,
-    config: QuantConfig,
+    qmodel: QuantizedModel,
     variables: Mapping[str, Any],
-    site: Callable[[str], Site],
-    calls: Mapping[str, Call],
+    *sample: Any,
     fold_norms: bool = False,
+    **kwargs: Any,
 ) -> FrozenModel:
-    """Returns the frozen model of a quantized model's variables.
+    """Returns a quantized model for inference alone: packed codes and tables instead of kernels.
+
+    The model is run on zeros of the sample's shapes. That tells the weights which layers compute
+    from their parameters (WeightNorm), and the file what to know the model by.
 
     Args:
-      model: The Linen module.
-      config: Of the quantized model.
-      variables: Its variables, with "compand".
-      site: Gives what is static about a site.
-      calls: Arguments to run the model's methods with, by name, where that tells what a layer
-        computes its weight to be; without, it is taken to be the layer's parameter.
-      fold_norms: Whether to fold batch norms into the weights before them.
+      qmodel: The quantized model.
+      variables: As its `apply` takes them, with "compand".
+      *sample: Arguments of the model, of which only shapes count, such as one batch of inputs;
+        `jax.ShapeDtypeStruct` in place of arrays will do.
+      fold_norms: Whether to fold every batch norm that sees nothing but a quantized layer's
+        float32 output: its factor goes into the weight's scales, an addition is left of it. The
+        model then runs in evaluation alone.
+      **kwargs: Further arguments of the model's `apply`, such as `train=False` or `method`.
+
+    Returns:
+      A `FrozenModel`, whose `apply(*args, **kwargs)` returns what the jitted `qmodel.apply`
+      returns on the same backend, to the last bit. With `fold_norms` to rounding, which can flip
+      an activation's code.
 
     Raises:
-      ValueError: a weight is not finite, not in one of the types that a file holds, or is not
-        known without an input; or there is no batch norm to fold.
+      TypeError: `qmodel` is none, or does not take such a sample.
+      ValueError: "compand" is missing; a weight is not finite, in float64, or differs between the
+        layers of a stack that compute it from their parameters; or there is no batch norm to fold.
+
+    >>> import compand_jax as cj
+    >>> qmodel = cj.quantize_model(nn.Dense(3), cj.QuantConfig(weight_bits=4, act_bits=None))
+    >>> x = jnp.ones((2, 8))
+    >>> frozen = freeze(qmodel, qmodel.init(jax.random.key(0), x), x)
+    >>> frozen.arrays["codes"][""].nbytes  # 24 weights of 4 bits
+    12
     """
-    compand = variables["compand"]
+    if not isinstance(qmodel, QuantizedModel):
+        raise TypeError(
+            f"`qmodel` must be a QuantizedModel, got {type(qmodel).__name__}: make it with "
+            "quantize_model"
+        )
+    model, config, site = qmodel.model, qmodel.config, qmodel.site
+    call = abstract_call(model, sample, kwargs)
+    compand = compand_of(variables)
     tree = nn.meta.unbox({name: tree for name, tree in variables.items() if name != "compand"})
     rest = dict(flatten(tree))
     owns = {
@@ -68,7 +91,7 @@ def freeze(
     for name, leaf in owns.items():
         if leaf is not None:
             _check_weight(name, jnp.asarray(rest[leaf_path(name, leaf)]))
-    computed = _computed_weights(model, tree, calls, owns)
+    computed = _computed_weights(model, tree, call, owns)
     # In one compiled function, as in the quantized model's: eagerly the last bit may differ.
     parameters = jax.jit(
         lambda compand: [
@@ -106,22 +129,22 @@ def freeze(
         )
         sites[name] = dataclasses.replace(found, weight=frozen)
     if fold_norms:
-        _fold(sites, arrays, rest, _norms(model, config, tree, calls, sites))
+        _fold(sites, arrays, rest, _norms(model, config, tree, call, sites))
     arrays["variables"] = {join_path(path): value for path, value in rest.items()}
-    return make_frozen(model, sites, config.act_site, _signature(calls.get("__call__")), arrays)
+    return make_frozen(model, sites, config.act_site, _signature(call), arrays)
 
 
 def _norms(
     model: nn.Module,
     config: QuantConfig,
     variables: dict,
-    calls: Mapping[str, Call],
+    call: Call,
     sites: Mapping[str, FrozenSite],
 ) -> dict[str, Norm]:
     """Returns the batch norms to fold, by the site whose weight they are folded into."""
     norms = {
         name: norm
-        for name, norm in foldable_norms(model, variables, calls).items()
+        for name, norm in foldable_norms(model, variables, call).items()
         if name in sites
         and sites[name].weight is not None
         and (config.act_site == "input" or sites[name].act_bits is None)
@@ -160,9 +183,9 @@ def _fold(
         sites[name] = dataclasses.replace(sites[name], weight=weight)
 
 
-def _signature(call: Call | None) -> Signature | None:
+def _signature(call: Call) -> Signature | None:
     """Returns a call's signature; None where a file could not hold it."""
-    if call is None or not all(isinstance(x, jax.ShapeDtypeStruct) for x in call.args):
+    if call.method != "__call__" or not all(isinstance(x, jax.ShapeDtypeStruct) for x in call.args):
         return None
     options = tuple(sorted(call.kwargs.items()))
     if not all(isinstance(value, bool | int | float | str | None) for _, value in options):
@@ -189,7 +212,7 @@ def _packed_codes(weight: Array, mu: Array, scale: Array, spec: Spec) -> Array:
 
 
 def _computed_weights(
-    model: nn.Module, variables: dict, calls: Mapping[str, Call], owns: Mapping[str, str | None]
+    model: nn.Module, variables: dict, call: Call, owns: Mapping[str, str | None]
 ) -> dict[str, np.ndarray]:
     """Returns the weights that layers compute from their parameters, by site.
 
@@ -197,10 +220,7 @@ def _computed_weights(
       ValueError: a layer without a parameter of its own did not run, or one computes several
         weights.
     """
-    seen: dict[str, list[np.ndarray]] = {}
-    for method, call in calls.items():
-        for name, values in _weights_seen(model, variables, method, call).items():
-            seen.setdefault(name, []).extend(values)
+    seen = _weights_seen(model, variables, call)
     flat = dict(flatten(variables))
     computed = {}
     for name, leaf in owns.items():
@@ -211,8 +231,8 @@ def _computed_weights(
                 continue  # it is the parameter, or a part of it where scan or vmap stacked it
         if not values:
             raise ValueError(
-                f"site {name!r} has no kernel of its own: freeze it with an input, "
-                "freeze(variables, x)"
+                f"site {name!r} has no kernel of its own, and does not run: freeze it with a "
+                "sample that runs it"
             )
         if any(not np.array_equal(value, values[0]) for value in values):
             raise ValueError(
@@ -224,18 +244,16 @@ def _computed_weights(
 
 
 def _weights_seen(
-    model: nn.Module, variables: dict, method: str, call: Call
+    model: nn.Module, variables: dict, call: Call
 ) -> dict[str, list[np.ndarray]]:
-    """Returns what every layer multiplies with, when a method of the model is called."""
+    """Returns what every layer multiplies with, when the model is called."""
     observers = []
 
     def run(variables: dict) -> dict[str, list]:
         observer = Observer(weight=lambda weight: weight)
         observers.append(observer)
-        args, kwargs = call.zeros()
-        kwargs = {"rngs": jax.random.key(0), "mutable": True, "method": method} | kwargs
         with intercept_layers(model, observer) as intercepted:
-            intercepted.apply(variables, *args, **kwargs)
+            call.run(intercepted, variables)
         return observer.traced["weight"]
 
     seen = jax.device_get(jax.jit(run)(variables))

@@ -47,7 +47,7 @@ from compand_jax.linen.interception import Layer, intercept_layers, layers_run, 
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenModel:
-    """A quantized model as packed codes and tables, made by `QuantizedModel.freeze`.
+    """A quantized model as packed codes and tables, made by `compand_jax.freeze`.
 
     It is a value without state, and a pytree: given to a jitted function as an argument, its
     packed bytes are arguments of the compiled function. They are expanded layer by layer.
@@ -308,8 +308,8 @@ class _Expander:
             return self._frozen.weight(name, after=activation)
         if operand.dtype != CARRIER:
             raise ValueError(
-                f"site {name!r} computes its weight from its parameters: freeze it with an input, "
-                "freeze(variables, x)"
+                f"site {name!r} computes its weight from its parameters, and did not run when the "
+                "model was frozen: freeze it with a sample that runs it"
             )
         # A part of the leaf in scan or vmap, or the leaf in a trace of its own.
         return self._frozen.expand(name, _after(activation, from_carrier(operand)))

@@ -26,7 +26,6 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 from compand_jax.layers.unrolling import Unrolling, unrolling_of
-from compand_jax.linen.calls import remember_call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +95,6 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
       The model to call `init` or `apply` of: what `nn.jit` traced outside of this context is not
       used in it, nor the reverse.
     """
-    outermost = True
-
     def clone(**kwargs: Any) -> nn.Module:
         if isinstance(scope := kwargs.get("parent"), Scope):
             _trace_afresh(scope)
@@ -108,13 +105,9 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
     object.__setattr__(bound_afresh, "clone", clone)
 
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        nonlocal outermost
         module = context.module
         if module.scope is not None:
             _trace_afresh(module.scope)
-            if outermost and context.method_name != "setup":
-                outermost = False
-                remember_call(model, context.method_name, args, kwargs)
         promote = getattr(module, "promote_dtype", None)
         # A subclass that calls super().__call__ comes by twice, and so does a lifted layer.
         if promote is None or isinstance(promote, _Promotion) or context.method_name == "setup":

@@ -13,12 +13,9 @@ from flax.core.scope import in_filter
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from compand_jax.frozen.freeze import freeze
-from compand_jax.frozen.model import FrozenModel
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
-from compand_jax.linen.calls import abstract_call, remembered_calls
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
 from compand_jax.linen.interception import intercept_layers, layers_run, require_reached
 from compand_jax.linen.layer_quantizer import LayerQuantizer
@@ -111,7 +108,7 @@ class QuantizedModel:
           ValueError: "compand" is missing or of another config; or a layer that the model runs
             was not reached, and so not quantized.
         """
-        compand = _compand(variables)
+        compand = compand_of(variables)
         if self.sites is None:
             try:
                 _warn_uncalibrated(self)
@@ -244,49 +241,13 @@ class QuantizedModel:
             result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
         return qmodel, result
 
-    def freeze(
-        self,
-        variables: Mapping[str, Any],
-        *args: Any,
-        fold_norms: bool = False,
-        **kwargs: Any,
-    ) -> FrozenModel:
-        """Returns the model for inference alone: packed codes and tables instead of kernels.
-
-        A layer that computes its weight from its parameters (WeightNorm) is frozen with what it
-        computes. To find it, the model is run on zeros: of the arguments' shapes or, without
-        any, of those that the model was last called with.
-
-        Args:
-          variables: As `apply`'s.
-          *args: Arguments of the model, of which only shapes count.
-          fold_norms: Whether to fold every batch norm that sees nothing but a quantized layer's
-            float32 output: its factor goes into the weight's scales, an addition is left of it.
-            The model then runs in evaluation alone.
-          **kwargs: Further arguments of the model, such as `train=False`.
-
-        Returns:
-          A `FrozenModel`, whose `apply(*args, **kwargs)` returns what this model's jitted `apply`
-          returns on the same backend, to the last bit. With `fold_norms` to rounding, which can
-          flip an activation's code.
-
-        Raises:
-          ValueError: "compand" is missing, or a weight is not finite, in float64, or differs
-            between the layers of a stack that compute it from their parameters; or no batch norm
-            can be folded.
-        """
-        _compand(variables)
-        given = {kwargs.pop("method", "__call__"): abstract_call(args, kwargs)} if args else {}
-        calls = given or remembered_calls(self.model)
-        return freeze(self.model, self.config, variables, self.site, calls, fold_norms)
-
     def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """Returns {site: {"weight_mu", "weight_scale", "act_mu", "act_scale"}}.
 
         mu is without unit, 0 where the quantizer is uniform; a scale is in the units of what it
         clips. Operands in full precision are absent.
         """
-        compand = _compand(variables)
+        compand = compand_of(variables)
         found: dict[str, dict[str, Array]] = {}
         for site, operand in par.quantized_operands(compand):
             parameters = par.read_parameters(compand, site, operand, self.config)
@@ -313,7 +274,8 @@ class QuantizedModel:
         return site_from_config(self.config, name)
 
 
-def _compand(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+def compand_of(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the collection "compand"; ValueError where it is missing."""
     if "compand" not in variables:
         raise ValueError(
             f"`variables` must hold the collection 'compand', got {sorted(variables)}: "

@@ -31,7 +31,7 @@ def made(tmp_path_factory):
     config = cj.QuantConfig(weight_bits=3, weight_granularity="channel")
     qmodel = cj.quantize_model(NormedNet(), config)
     variables = drawn(qmodel, normal(*X))
-    frozen = qmodel.freeze(variables, normal(*X))
+    frozen = cj.freeze(qmodel, variables, normal(*X))
     path = tmp_path_factory.mktemp("frozen") / "model.safetensors"
     frozen.save(path, info={"name": "normed"})
     return path, frozen, jax.jit(qmodel.apply)(variables, normal(*X))
@@ -75,7 +75,7 @@ class Scaled(nn.Module):
 
 def test_a_parameter_without_axes(tmp_path):
     qmodel, x = cj.quantize_model(Scaled(), cj.QuantConfig()), normal(*X)
-    frozen = qmodel.freeze(drawn(qmodel, x), x)
+    frozen = cj.freeze(qmodel, drawn(qmodel, x), x)
     frozen.save(tmp_path / "scaled.safetensors")
     loaded = cj.load_frozen(tmp_path / "scaled.safetensors", Scaled())
     assert loaded.arrays["variables"]["params/scale"].shape == ()
@@ -125,7 +125,7 @@ def test_a_file_has_the_size_that_its_bits_promise(bits, ratio, tmp_path):
     x = jnp.ones((1, 1024))
     qmodel = cj.quantize_model(Wide(), cj.QuantConfig(weight_bits=bits, act_bits=4))
     variables = qmodel.init(KEY, x)
-    frozen = qmodel.freeze(variables)
+    frozen = cj.freeze(qmodel, variables, x)
     frozen.save(tmp_path / "wide.safetensors")
     size = (tmp_path / "wide.safetensors").stat().st_size
     codes, biases = 3 * 1024 * 1024 * bits // 8, 3 * 1024 * 4
@@ -143,7 +143,7 @@ def test_compressed_where_that_gains(tmp_path):
     qmodel = cj.quantize_model(nn.Dense(256), cj.QuantConfig(weight_bits=4, act_bits=None))
     compand = qmodel.init(KEY, jnp.ones((1, 256)))["compand"]
     compand["weight_scale"] = jnp.log(jnp.abs(kernel).max())
-    frozen = qmodel.freeze({**variables, "compand": compand})
+    frozen = cj.freeze(qmodel, {**variables, "compand": compand}, jnp.ones((1, 256)))
     for compress in (False, True):
         frozen.save(tmp_path / f"{compress}.safetensors", compress=compress)
     sizes = [(tmp_path / f"{c}.safetensors").stat().st_size for c in (False, True)]
@@ -156,7 +156,9 @@ def test_compressed_where_that_gains(tmp_path):
     config = cj.QuantConfig(quantizer="uniform", grid="midrise")  # 16 levels, all as frequent
     qmodel = cj.quantize_model(nn.Dense(64, use_bias=False), config)
     compand = {"weight_scale": jnp.zeros(())}
-    frozen = qmodel.freeze({"params": {"kernel": random}, "compand": compand})
+    frozen = cj.freeze(
+        qmodel, {"params": {"kernel": random}, "compand": compand}, jnp.ones((1, 64))
+    )
     frozen.save(tmp_path / "random.safetensors", compress=True)
     header, _ = split((tmp_path / "random.safetensors").read_bytes())
     assert json.loads(header["__metadata__"]["description"])["sites"][""]["encoding"] == "packed"

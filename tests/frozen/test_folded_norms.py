@@ -42,7 +42,8 @@ def frozen_twice(model, x, **config):
     norm = variables["params"].get("norm", {})
     if "scale" in norm:  # of both signs
         norm["scale"] *= rng.choice([-1.0, 1.0], norm["scale"].shape).astype(np.float32)
-    return qmodel.freeze(variables, x), qmodel.freeze(variables, x, fold_norms=True), variables
+    plain, folded = (cj.freeze(qmodel, variables, x, fold_norms=fold) for fold in (False, True))
+    return plain, folded, variables
 
 
 FOLDABLE = {
@@ -133,13 +134,13 @@ def test_what_cannot_be_folded(name):
         qmodel = cj.quantize_model(model, cj.QuantConfig(**config))
     variables = drawn(qmodel, x)
     with pytest.raises(ValueError, match="`fold_norms` must find a batch norm that sees a quant"):
-        qmodel.freeze(variables, x, fold_norms=True)
+        cj.freeze(qmodel, variables, x, fold_norms=True)
 
 
 def test_stacked_norms_are_not_folded():
     qmodel, x = cj.quantize_model(Scanned(), cj.QuantConfig()), normal(3, 5, 4)
     with pytest.raises(ValueError, match="`fold_norms` must find a batch norm"):
-        qmodel.freeze(drawn(qmodel, x), x, fold_norms=True)
+        cj.freeze(qmodel, drawn(qmodel, x), x, fold_norms=True)
 
 
 @pytest.mark.quick
@@ -147,13 +148,13 @@ def test_in_evaluation_alone():
     qmodel, x = cj.quantize_model(NormedNet(), cj.QuantConfig()), normal(5, 4)
     variables = drawn(qmodel, x)
     with pytest.raises(ValueError, match="`fold_norms` must find a batch norm"):
-        qmodel.freeze(variables, x, train=True, fold_norms=True)
-    folded = qmodel.freeze(variables, x, train=False, fold_norms=True)
+        cj.freeze(qmodel, variables, x, train=True, fold_norms=True)
+    folded = cj.freeze(qmodel, variables, x, train=False, fold_norms=True)
     with pytest.raises(ValueError, match="batch norm 'norm' is folded, so it must run in evalu"):
         folded.apply(x, train=True, rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
     variables["batch_stats"]["norm"]["var"] = jnp.full(6, jnp.nan)
     with pytest.raises(ValueError, match="must be finite, batch norm 'norm' is not"):
-        qmodel.freeze(variables, x, train=False, fold_norms=True)
+        cj.freeze(qmodel, variables, x, train=False, fold_norms=True)
 
 
 def test_a_file_with_folded_norms_of_another_model(tmp_path):

@@ -14,6 +14,7 @@ from compand_jax.experiments.benchmark.measure import (
     ratios,
     time_in_turns,
 )
+from compand_jax.frozen.freeze import freeze
 from compand_jax.frozen.model import FrozenModel
 from compand_jax.layers.config import QuantConfig
 
@@ -68,7 +69,7 @@ def _compiled(
     if config is None:
         held, run = problem.state.variables, problem.model.apply
     else:
-        held = problem.model.freeze(problem.state.variables)
+        held = freeze(problem.model, problem.state.variables, problem.images)
         run = FrozenModel.apply
     compiled = jax.jit(run).lower(held, problem.images).compile()
     analysis = compiled.memory_analysis()

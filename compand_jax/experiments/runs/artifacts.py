@@ -21,6 +21,7 @@ from compand_jax.experiments.runs.config import RunConfig
 from compand_jax.experiments.runs.directory import finished_stages
 from compand_jax.experiments.runs.export import to_onnx, to_stablehlo
 from compand_jax.experiments.runs.stages import finished, make_stage
+from compand_jax.frozen.freeze import freeze
 from compand_jax.frozen.model import FrozenModel, load_frozen, read_info
 from compand_jax.models import create_model
 
@@ -62,7 +63,9 @@ def freeze_stage(
             "give another stage's directory"
         )
     sample = jax.ShapeDtypeStruct((1, *data.test_images.shape[1:]), np.float32)
-    return stage.quantized.freeze(state.variables, sample, train=False, fold_norms=fold_norms)
+    return freeze(
+        stage.quantized, state.variables, sample, train=False, fold_norms=fold_norms
+    )
 
 
 def export(

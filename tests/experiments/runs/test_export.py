@@ -40,7 +40,7 @@ def images(n):
 def network(**config):
     x = normalize(images(1), (0.5,), (0.3,))
     qmodel = cj.quantize_model(Small(), cj.QuantConfig(**config))
-    frozen = qmodel.freeze(drawn(qmodel, x), x)
+    frozen = cj.freeze(qmodel, drawn(qmodel, x), x)
     return frozen, jax.jit(lambda x: frozen.apply(normalize(x, (0.5,), (0.3,))))
 
 
