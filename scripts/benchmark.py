@@ -24,7 +24,7 @@ from compand_jax.experiments.benchmark.measure import (
 )
 from compand_jax.experiments.benchmark.measure_frozen import FROZEN, compare_frozen
 from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
-from compand_jax.experiments.runs.directory import provenance, write_json, write_text
+from compand_jax.experiments.records import provenance, write_json, write_text
 from compand_jax.layers.config import QuantConfig
 
 _PARTS = ("steps", "copies", "frozen", "fit", *CURVES)

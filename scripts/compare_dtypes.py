@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from command_line import parse, run_script
 
+from compand_jax.experiments.records import provenance, write_json, write_text
 from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig
-from compand_jax.experiments.runs.directory import provenance, read_results, write_json, write_text
+from compand_jax.experiments.runs.directory import read_results
 from compand_jax.experiments.runs.run import run
 
 _DTYPES = ("float32", "bfloat16")

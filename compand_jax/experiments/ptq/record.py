@@ -1,11 +1,9 @@
 """The record of a post-training quantization run: JSON, and CSV, Markdown and pictures of it."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from compand_jax.experiments.ptq.tables import (
     site_bits_table,
     tables,
 )
-from compand_jax.experiments.runs.directory import make_writable, write_json, write_text
+from compand_jax.experiments.records import make_writable, write_json, write_text
+from compand_jax.experiments.text import to_csv
 from compand_jax.layers.config import Rule
 
 
@@ -121,7 +120,8 @@ def write_record(directory: Path, record: dict[str, Any]) -> str:
         main = _tables(record)[0].settings()
         shown = [rows[setting] for setting in main if setting in rows]
         plot_bits(shown, record["full_precision"]["accuracy"], directory / "plot.png")
-        write_text(directory / "rows.csv", to_csv(record["rows"]))
+        kept = [{name: row[name] for name in row if name != "rules"} for row in record["rows"]]
+        write_text(directory / "rows.csv", to_csv(kept))
     if sensitivities := with_divergences(record):
         plot_sensitivity(sensitivities, directory / "sensitivity.png")
         write_text(directory / "sensitivity.csv", to_csv(sensitivities))
@@ -181,17 +181,3 @@ def _tables(record: Mapping[str, Any]) -> list:
     bits = sorted({row["weight_bits"] for row in record["rows"]})
     fields = ("calibration", "error_feedback", "batch_stats")
     return tables(base_setting(*(record["config"][name] for name in fields)), bits) if bits else []
-
-
-def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    r"""Returns rows of equal keys as CSV, with a header; None is empty.
-
-    >>> to_csv([{"bits": 4, "sqnr": None}])
-    'bits,sqnr\n4,\n'
-    """
-    file = io.StringIO()
-    names = [name for name in rows[0] if name != "rules"]
-    writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()

@@ -41,8 +41,8 @@ from compand_jax.experiments.ptq.settings import (
     weight_counts,
 )
 from compand_jax.experiments.ptq.tables import base_setting, tables
+from compand_jax.experiments.records import provenance, write_json
 from compand_jax.experiments.runs.checkpoint import Checkpoint, digest, load_checkpoint
-from compand_jax.experiments.runs.directory import provenance, write_json
 from compand_jax.models import MODELS
 
 with needed_for("post-training quantization", "tqdm"):

@@ -11,7 +11,7 @@ from typing import Any
 from compand_jax.calibration.fit import CALIBRATIONS
 from compand_jax.experiments.ptq.bit_allocation import at_bits
 from compand_jax.experiments.ptq.settings import Setting
-from compand_jax.experiments.runs.report import markdown_table, size_text
+from compand_jax.experiments.text import markdown_table, size_text
 from compand_jax.layers.config import MU_SCOPES
 
 Results = Mapping[Setting, Mapping[str, Any]]

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compand_jax.experiments.records import write_json, write_text
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, PATH_FIELDS
-from compand_jax.experiments.runs.directory import (
-    finished_stages,
-    read_results,
-    write_json,
-    write_text,
-)
+from compand_jax.experiments.runs.directory import finished_stages, read_results
 from compand_jax.experiments.runs.plots import plot_run
+from compand_jax.experiments.text import markdown_table, size_text, thin
 from compand_jax.training.metrics_log import read_log
 
 _HEADER = ("method", "bits W/A", "mu scope", "test accuracy", "difference", "model size")
@@ -75,39 +72,6 @@ def results_table(results: Sequence[dict]) -> str:
     return markdown_table([_HEADER, *map(_row, with_differences(results))])
 
 
-def markdown_table(rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
-    """Returns a Markdown table of cells, the first row its header, aligned as text too.
-
-    The first `text_columns` are flush left, the others right.
-
-    >>> print(markdown_table([("site", "bits"), ("dense", "4")]))
-    | site  | bits |
-    |-------|-----:|
-    | dense |    4 |
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [_line(row, widths, text_columns) for row in rows]
-    rule = "|".join("-" * (width + 2) if i < text_columns else "-" * (width + 1) + ":"
-                    for i, width in enumerate(widths))  # fmt: skip
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
-
-
-def size_text(count: int) -> str:
-    """Returns a number of bytes in kB or MB, of 1000 and 1000000 bytes."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def thin(rows: Sequence, most: int = _MOST_ROWS) -> list:
-    """Returns at most `most` rows, evenly spread, the last among them.
-
-    >>> thin(range(10), most=4)
-    [1, 4, 6, 9]
-    """
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[(i + 1) * len(rows) // most - 1] for i in range(most)]
-
-
 def _row(result: dict) -> tuple[str, ...]:
     name: str = result["stage"]
     bits = (result["weight_bits"], result["act_bits"])
@@ -121,12 +85,6 @@ def _row(result: dict) -> tuple[str, ...]:
         "reference" if is_reference else _points(result.get("difference")),
         size_text(result["model_bytes"]),
     )
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], text_columns: int) -> str:
-    padded = [cell.ljust(width) if i < text_columns else cell.rjust(width)
-              for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]  # fmt: skip
-    return f"| {' | '.join(padded)} |"
 
 
 def _points(difference: float | None) -> str:
@@ -158,7 +116,7 @@ def _record(run_dir: Path, record_dir: Path) -> None:
     for stage in finished_stages(run_dir):
         (record_dir / stage).mkdir(exist_ok=True)
         _record_json(run_dir / stage / "result.json", record_dir / stage / "result.json")
-        rows = thin(read_log(run_dir / stage / "metrics.jsonl"))
+        rows = thin(read_log(run_dir / stage / "metrics.jsonl"), _MOST_ROWS)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(record_dir / stage / "metrics.jsonl", text)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 
 from compand_jax.data.images import ImageData, load_data
+from compand_jax.experiments.records import provenance, write_json
 from compand_jax.experiments.runs.config import FULL_PRECISION, METHODS, RunConfig, to_json
 from compand_jax.experiments.runs.directory import finished_stages as finished_stages
-from compand_jax.experiments.runs.directory import open_run_dir, provenance, write_json
+from compand_jax.experiments.runs.directory import open_run_dir
 from compand_jax.experiments.runs.directory import read_config as read_config
 from compand_jax.experiments.runs.report import write_reports
 from compand_jax.experiments.runs.stages import (

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from compand_jax.data.images import ImageData, normalize
+from compand_jax.experiments.records import read_json
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig
-from compand_jax.experiments.runs.directory import read_config, read_json
-from compand_jax.experiments.runs.report import thin
+from compand_jax.experiments.runs.directory import read_config
 from compand_jax.experiments.runs.stages import finished
 from compand_jax.experiments.study.grid import Cell
+from compand_jax.experiments.text import thin
 from compand_jax.linen.quantized_model import QuantizedModel
 from compand_jax.linen.summary import site_weight
 from compand_jax.training.metrics_log import read_log
@@ -173,7 +174,7 @@ def _row(name: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, A
 
 
 def _curve(stage_dir: Path) -> list[dict]:
-    rows = thin(read_log(stage_dir / "metrics.jsonl"), most=_CURVE_ROWS)
+    rows = thin(read_log(stage_dir / "metrics.jsonl"), _CURVE_ROWS)
     return [_rounded({key: row[key] for key in _CURVE if key in row}) for row in rows]
 
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compand_jax.experiments.runs.directory import read_json, write_json, write_text
-from compand_jax.experiments.runs.report import markdown_table
+from compand_jax.experiments.records import read_json, write_json, write_text
 from compand_jax.experiments.study.grid import LEARNED, STUDIES
 from compand_jax.experiments.study.plots import (
     plot_accuracy,
@@ -20,14 +19,14 @@ from compand_jax.experiments.study.plots import (
     plot_mu,
     title_of,
 )
-from compand_jax.experiments.study.records import read_record
+from compand_jax.experiments.study.records import ROW, read_record
 from compand_jax.experiments.study.tables import (
     SUMMARY,
     summary,
     summary_text,
-    to_csv,
     with_controls,
 )
+from compand_jax.experiments.text import markdown_table, to_csv
 
 Record = Mapping[str, Any]
 
@@ -161,7 +160,7 @@ def _texts(directory: Path, records: Sequence[Record]) -> dict[str, str]:
     """Returns what is written of the records, by the file's name, but for the pictures."""
     rows = [record["row"] for record in records]
     return {
-        "results.csv": to_csv(rows),
+        "results.csv": to_csv(rows, ROW),
         "summary.csv": to_csv(summary(rows), SUMMARY),
         "report.md": _document(directory, records),
     }

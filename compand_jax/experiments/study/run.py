@@ -25,8 +25,9 @@ from pathlib import Path
 
 import jax
 
+from compand_jax.experiments.records import provenance, read_json, write_json
 from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig, to_json
-from compand_jax.experiments.runs.directory import check_config, provenance, read_json, write_json
+from compand_jax.experiments.runs.directory import check_config
 from compand_jax.experiments.runs.run import load_run_data, train_stages
 from compand_jax.experiments.study.grid import Cell
 from compand_jax.experiments.study.records import cell_record, parent_record

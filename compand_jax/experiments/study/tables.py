@@ -4,15 +4,12 @@ A difference is to the control of the same network, data set, arrangement, seed 
 precision, trained on as long. Differences are taken within a seed, then averaged.
 """
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compand_jax.experiments.runs.report import markdown_table
 from compand_jax.experiments.study.grid import FIXED_255, FIXED_CALIBRATED, LEARNED
-from compand_jax.experiments.study.records import ROW
+from compand_jax.experiments.text import markdown_table
 from compand_jax.layers.config import MU_SCOPES
 
 Row = Mapping[str, Any]
@@ -80,15 +77,6 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
 def compared(rows: Iterable[Row]) -> list[Row]:
     """Returns the cells but for those of a fixed mu, which are compared among themselves."""
     return [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, LEARNED)]
-
-
-def to_csv(rows: Sequence[Row], columns: Sequence[str] = ROW) -> str:
-    """Returns the rows as CSV; None is empty."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 _SUMMED = (*_GROUP, "weight_bits", "method", "mu_scope", "mu", "learning_rate")

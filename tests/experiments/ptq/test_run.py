@@ -11,7 +11,7 @@ from tiny_runs import TinyNet, snapshot, standard_promotion, tiny_data, tiny_var
 from compand_jax.calibration.fit import CALIBRATIONS
 from compand_jax.experiments.ptq import run as post_training_run
 from compand_jax.experiments.ptq.bit_allocation import at_bits
-from compand_jax.experiments.ptq.record import document, results_by_setting, to_csv
+from compand_jax.experiments.ptq.record import document, results_by_setting
 from compand_jax.experiments.ptq.run import PostTrainingConfig, run
 from compand_jax.experiments.ptq.settings import Setting
 from compand_jax.experiments.ptq.tables import base_setting, lead_text, tables
@@ -113,6 +113,7 @@ def test_run_writes_every_row_once_and_goes_on_after_a_stop(config, evaluated, m
     with (directory / "rows.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["correct"]) for row in rows] == [row["correct"] for row in read(config)["rows"]]
+    assert rows[0].keys() == read(config)["rows"][0].keys() - {"rules"}
     assert (directory / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -203,7 +204,7 @@ def test_record_of_another_configuration_or_other_files(config, evaluated, tmp_p
     (tmp_path / "other" / "file").write_text("")
     with pytest.raises(ValueError, match="`out` must be new, empty or a record's directory, got"):
         run(dataclasses.replace(config, out=tmp_path / "other"), progress=False)
-    with pytest.raises(OSError, match="`out` must be a directory that can be written, got"):
+    with pytest.raises(ValueError, match="`out` must be a directory that can be written, got"):
         run(dataclasses.replace(config, out=tmp_path / "other" / "file"), progress=False)
 
 
@@ -284,8 +285,3 @@ def test_wrong_fields(tmp_path, fields, message):
 def test_bits_that_have_swallowed_the_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="`checkpoint` must be .* not exist: give it before --bit"):
         PostTrainingConfig(tmp_path / "3", bits=())
-
-
-@pytest.mark.quick
-def test_csv_leaves_the_rules_out():
-    assert to_csv([{"bits": 4, "rules": [1], "sqnr": None}]) == "bits,sqnr\n4,\n"

@@ -1,14 +1,13 @@
 """The table, the record and the plot, from records alone."""
 
-import itertools
 import json
 
 import pytest
 
+from compand_jax.experiments.records import write_json
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig, to_json
-from compand_jax.experiments.runs.directory import write_json
 from compand_jax.experiments.runs.plots import mu_curves, plot_run
-from compand_jax.experiments.runs.report import results_table, thin, with_differences, write_reports
+from compand_jax.experiments.runs.report import results_table, with_differences, write_reports
 from compand_jax.training.metrics_log import append_log, read_log
 
 SITES = ("conv1", "dense")
@@ -112,15 +111,6 @@ def test_differences_without_a_control_are_to_full_precision():
     first = results_table(without).splitlines()[2]
     assert "full precision" in first
     assert "reference" in first
-
-
-@pytest.mark.quick
-def test_thin_keeps_the_last_and_spreads_evenly():
-    assert thin([1, 2], most=3) == [1, 2]
-    kept = thin(range(1, 451), most=200)
-    assert len(kept) == 200
-    assert kept[-1] == 450
-    assert {b - a for a, b in itertools.pairwise(kept)} == {2, 3}
 
 
 def test_reports_of_a_run(run_dir, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import report
 
-from compand_jax.experiments.runs.directory import write_json
+from compand_jax.experiments.records import write_json
 from compand_jax.experiments.study.records import ROW
 from compand_jax.experiments.study.report import (
     _texts,
@@ -17,7 +17,8 @@ from compand_jax.experiments.study.report import (
     study_block,
     write_report,
 )
-from compand_jax.experiments.study.tables import summary, summary_text, to_csv, with_controls
+from compand_jax.experiments.study.tables import summary, summary_text, with_controls
+from compand_jax.experiments.text import to_csv
 
 SITES = {
     site: {"weight_bits": 2, "act_bits": 2, "grid": "midrise", "act_signed": site == "conv1"}
