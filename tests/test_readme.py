@@ -69,16 +69,28 @@ assert all(jnp.isfinite(gradient) for gradient in gradients)
 }
 
 
+RUN_PAGES = """
+import json, sys
+for page, code in json.loads(sys.argv[1]).items():
+    print("page", page)
+    exec(compile(code, page, "exec"), {})
+"""
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page, "python")])
-def test_code_runs_as_written(page, tmp_path):
+def test_code_runs_as_written(tmp_path):
+    pages = {page: "".join(blocks) for page in PAGES if (blocks := code_blocks(page, "python"))}
+    programs = {
+        page: f"{code}import jax.numpy as jnp\n{CHECKS[page]}" for page, code in pages.items()
+    }
     # In a process of its own: a reader's jax is not as strict as the one of the tests.
-    code = "".join([*code_blocks(page, "python"), "import jax.numpy as jnp\n", CHECKS[page]])
-    command = [sys.executable, "-W", "error", "-c", code]
+    command = [sys.executable, "-W", "error", "-c", RUN_PAGES, json.dumps(programs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    if "print(" in code:
-        assert "layers_0" in done.stdout
+    _, *printed = re.split(r"^page (.*)$", done.stdout, flags=re.MULTILINE)
+    assert printed[::2] == list(pages)
+    for page, text in zip(printed[::2], printed[1::2], strict=True):
+        assert "print(" not in pages[page] or "layers_0" in text, page
 
 
 @pytest.mark.quick
