@@ -29,7 +29,8 @@ from compand_jax.frozen.tree import (
 )
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.linen.interception import Observer, intercept_layers
+from compand_jax.linen.interception import Observer
+from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.quantized_model import QuantizedModel, compand_of
 from compand_jax.linen.summary import WEIGHT_NAMES
 
@@ -250,10 +251,12 @@ def _weights_seen(
     observers = []
 
     def run(variables: dict) -> dict[str, list]:
-        observer = Observer(weight=lambda weight: weight)
+        observer, _ = observe_layers(
+            model,
+            lambda: Observer(weight=lambda weight: weight),
+            lambda model: call.run(model, variables),
+        )
         observers.append(observer)
-        with intercept_layers(model, observer) as intercepted:
-            call.run(intercepted, variables)
         return observer.traced["weight"]
 
     seen = jax.device_get(jax.jit(run)(variables))

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import Scope
 from flax.core.tracers import current_trace
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
@@ -137,6 +138,11 @@ class _NeverTheSame:
         return next(_tokens)
 
 
+def no_trace_from_before() -> contextlib.AbstractContextManager:
+    """Returns a context in which `jax.jit` uses no trace that it made outside of it."""
+    return set_xla_metadata(compand_jax=str(next(_tokens)))  # it is in the key of jit's caches
+
+
 def _trace_afresh(scope: Scope) -> None:
     # nn.jit keeps its traces, from call to call and from one of two equal modules to the other. A
     # trace made without this interceptor would skip it, one made with it would leak it. The key is
@@ -173,7 +179,7 @@ class Observer:
     Values of the trace that the observer was made in are kept as they are, in `traced`, for the
     function that it is in to return. Inside scan, vmap and remat they belong to an inner trace:
     they go through a callback to `called_back`, as host arrays, complete after
-    `jax.effects_barrier()`.
+    `jax.effects_barrier()`. Only `observe_layers` knows which of the inner traces are run.
     """
 
     def __init__(
@@ -195,6 +201,11 @@ class Observer:
         kinds = ("activation", "weight", "moments")
         self.traced: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
         self.called_back: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
+        # Inner traces' values in the order that they come in: those that call back, by name, or
+        # None where each is marked by its name instead.
+        self.run_names: frozenset[str] | None = None
+        self._inner_names = map("compand_jax value {}".format, itertools.count())
+        self._marked: list[Array] = []
 
     def operands(
         self, layer: Layer, activation: Array | None, weight: Array
@@ -235,8 +246,11 @@ class Observer:
                 values.clear()
             values.append(value)
             return
-        values = self.called_back[what].setdefault(site, [])
-        jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
+        name, values = next(self._inner_names), self.called_back[what].setdefault(site, [])
+        if self.run_names is None:  # jax drops of a trace what nobody holds
+            self._marked.append(checkpoint_name(jax.tree.leaves(value)[0], name))
+        elif name in self.run_names:
+            jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
 
 
 def layers_run(
@@ -278,7 +292,7 @@ def _layers_run(model: nn.Module, structure: Any, signature: tuple, mutable: Any
             return intercepted.apply(variables, *args, mutable=mutable, **kwargs)
 
     observers = Observer(), Observer()
-    with set_xla_metadata(compand_jax=str(next(_tokens))):  # it is in the key of jit's caches
+    with no_trace_from_before():
         for observer in observers:
             jax.eval_shape(functools.partial(call, observer=observer), arrays)
     # What is not traced again would be quantized by what is left of an earlier call, and leak.

@@ -30,7 +30,8 @@ from compand_jax.layers import parametrization as par
 from compand_jax.layers.batches import all_finite, each_batch, require_concrete
 from compand_jax.layers.config import QuantConfig, require_choice
 from compand_jax.layers.unrolling import Unrolling
-from compand_jax.linen.interception import Layer, Observer, intercept_layers
+from compand_jax.linen.interception import Layer, Observer
+from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.sites import Site, check_signs, sites_from_observers
 
 # A float32 matrix of second moments of so many inputs takes 256 MB.
@@ -125,16 +126,20 @@ def observe(
     seen = Observations()
 
     def run(variables: Mapping, args: tuple) -> tuple[dict, Array]:
-        observer = Observer(
+        make_observer = functools.partial(
+            Observer,
             activation=histogram if activations else None,
             weight=lambda w: w,
             moments=_moments if moments else None,
             at_output=at_output,
         )
-        seen.observers.append(observer)
-        with intercept_layers(model, observer) as intercepted:
+        observer, _ = observe_layers(
+            model,
+            make_observer,
             # In training batch norms update their statistics, of which nothing is kept.
-            intercepted.apply(variables, *args, mutable=["batch_stats"], **model_kwargs)
+            lambda model: model.apply(variables, *args, mutable=["batch_stats"], **model_kwargs),
+        )
+        seen.observers.append(observer)
         return observer.traced, all_finite(args)
 
     jitted = jax.jit(run)

@@ -27,6 +27,7 @@ from compand_jax.linen.model_calibration import (
     observe,
     observed_sites,
 )
+from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.sites import Site, check_rules, site_from_config
 from compand_jax.linen.summary import summarize
 
@@ -83,9 +84,11 @@ class QuantizedModel:
         Raises:
           ValueError: no layer is found, or a rule matches none.
         """
-        observer = initial_observer(self.config)
-        with intercept_layers(self.model, observer) as model:
-            variables = model.init(rngs, *args, **kwargs)
+        observer, variables = observe_layers(
+            self.model,
+            functools.partial(initial_observer, self.config),
+            lambda model: model.init(rngs, *args, **kwargs),
+        )
         jax.effects_barrier()
         params = dict(variables).get("params", {})
         compand = initial_parameters(self.config, observer, params)

@@ -13,6 +13,7 @@ from small_models import Net, ScaledConv, SetUp, Stack, Tokens, drawn, normal
 
 import compand_jax as cj
 from compand_jax.linen.interception import Observer, intercept_layers, layers_run
+from compand_jax.linen.observation import observe_layers
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the quantized model is not calibrated"  # its mu and scales are drawn at random here
@@ -237,9 +238,11 @@ def test_the_layers_are_looked_for_once():
 def test_an_observer_keeps_what_was_computed_wherever_it_ran():
     model, x = Stack("scan"), X
     variables = drawn(model, x)
-    observer = Observer(activation=lambda a: jnp.max(jnp.abs(a)), weight=lambda w: w)
-    with intercept_layers(model, observer) as intercepted:
-        intercepted.apply(variables, x)
+    observer, _ = observe_layers(
+        model,
+        lambda: Observer(activation=lambda a: jnp.max(jnp.abs(a)), weight=lambda w: w),
+        lambda model: model.apply(variables, x),
+    )
     jax.effects_barrier()
     assert list(observer.layers) == ["stack/dense"]
     assert observer.last_site == "stack/dense"
