@@ -17,7 +17,8 @@ import compand_jax as cj
 from compand_jax.data.images import ImageData
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import data_mesh, initialize, is_main, replicate, split
-from compand_jax.training.fit import FitConfig, create_state, evaluate, fit
+from compand_jax.training.fit import FitConfig, fit
+from compand_jax.training.steps import create_state, evaluate
 
 
 def images(seed, n):

@@ -1,8 +1,8 @@
-"""Checkpoints of any pytree of arrays, kept by orbax: saved whole, restored whole or not at all.
+"""Checkpoints of any pytree of arrays, kept by orbax: restored whole, or passed over as damaged.
 
-A checkpoint holds the tree, its leaves' shapes and types, metadata of the caller's, and checksums
-of the tree and of every file. So a damaged one is told from a sound one, and one of another model
-from a damaged one.
+Orbax writes and reads the arrays, of one process or of many. What it lacks is added: it does not
+notice every changed byte and fails noisily, later, on some, so each checkpoint has checksums of the
+tree and of every file; and it does not say what another model has, so leaves are described.
 """
 
 import json
@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import serialization, traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from compand_jax.data.packages import needed_for
@@ -24,11 +23,9 @@ from compand_jax.training.distributed import is_main, wait_for_all
 
 with needed_for("checkpoints", "orbax-checkpoint"):
     import orbax.checkpoint as ocp
-    from orbax.checkpoint.options import MultiprocessingOptions
 
 Tree = Any
 _MAX_TO_KEEP = 2
-_SEPARATOR = "/"
 _SEAL = "files.json"
 
 
@@ -36,8 +33,8 @@ class Checkpoints:
     """The checkpoints of one training in one directory: the newest two are kept.
 
     Use it as a context manager, or call `close`. What is in the directory already is kept. Of many
-    processes, all save, which the main one does for all, and each restores for itself, from a
-    directory that all of them see: a checkpoint is the same for any number of processes.
+    processes all save and all restore, in a directory that all of them see: a checkpoint is the
+    same for any number of processes.
 
     Args:
       directory: made at the first `save`.
@@ -86,21 +83,14 @@ class Checkpoints:
         Raises:
           OSError: if it cannot be written; the checkpoints before it stay.
         """
-        if is_main():
-            self._write(step, tree, metadata)
-        wait_for_all(f"checkpoint {step} in {self.directory}")
-
-    def _write(self, step: int, tree: Tree, metadata: dict | None) -> None:
-        flat = _flatten(tree)
-        if jax.process_count() > 1:
-            flat = jax.device_get(flat)  # orbax would wait for the others
+        named = _named(tree)
         described = {
             "metadata": metadata or {},
-            "leaves": _describe(flat),
-            "checksum": _checksum(flat),
+            "leaves": _described(named),
+            "checksum": _checksum(named),
         }
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(flat), description=ocp.args.JsonSave(described)
+            state=ocp.args.StandardSave(named), description=ocp.args.JsonSave(described)
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -109,12 +99,14 @@ class Checkpoints:
                 manager.delete(damaged)
             manager.save(step, args=args, force=True)
             manager.wait_until_finished()
-            self._seal(step)
+            if is_main():
+                self._seal(step)
         except Exception as error:  # tensorstore raises what it likes on a full disk
             raise OSError(
                 f"the checkpoint of step {step} could not be written to {self.directory}: "
                 f"{_first_line(error)}: free some space, or choose a writable `run_dir`"
             ) from error
+        wait_for_all(f"checkpoint {step} in {self.directory}")
 
     def restore(self, target: Tree, step: int | None = None) -> tuple[int, Tree, dict] | None:
         """Returns the newest sound checkpoint, warning of every one that is passed over.
@@ -130,26 +122,28 @@ class Checkpoints:
         Raises:
           ValueError: if the checkpoint is one of another model.
         """
+        wanted = _named(target)
         for candidate in reversed(self.steps() if step is None else [step]):
             try:
                 self._check_seal(candidate)
                 described = self._description(candidate)
+                if described["leaves"] == _described(wanted):
+                    named = self._read(candidate, wanted, described["checksum"])
+                    return candidate, _like(target, named), described["metadata"]
             except Exception as error:  # damaged files raise anything: try the one before
-                self._warn(candidate, error)
-                continue
-            self._check_leaves(candidate, described["leaves"], _describe(_flatten(target)))
-            flat = self._read_sound(candidate, target, described["checksum"])
-            if flat is not None:
-                return candidate, _unflatten(flat, target), described["metadata"]
+                warnings.warn(
+                    f"the checkpoint of step {candidate} in {self.directory} is damaged and "
+                    f"passed over: {_first_line(error)}",
+                    stacklevel=2,
+                )
+            else:
+                self._refuse(candidate, described["leaves"], _described(wanted))
         return None
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=_MAX_TO_KEEP,
-                create=False,
-                cleanup_tmp_directories=True,
-                multiprocessing_options=_alone(),
+                max_to_keep=_MAX_TO_KEEP, create=False, cleanup_tmp_directories=True
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
@@ -166,7 +160,6 @@ class Checkpoints:
         os.replace(partial, path)
 
     def _check_seal(self, step: int) -> None:
-        """Raises where a file is not as it was; orbax would read on, and fail noisily, later."""
         path = self.directory / str(step) / _SEAL
         if not path.is_file():  # killed before it was written: the tree's checksum has to do
             return
@@ -175,46 +168,21 @@ class Checkpoints:
             if found.get(name) != checksum:
                 raise OSError(f"{name} is {'changed' if name in found else 'missing'}")
 
-    def _read_sound(self, step: int, target: Tree, checksum: int) -> dict | None:
-        try:
-            flat = self._read(step, target)
-            if _checksum(flat) != checksum:
-                raise OSError("its checksum is wrong")
-            return flat
-        except Exception as error:  # likewise, of the arrays
-            self._warn(step, error)
-            return None
+    def _read(self, step: int, wanted: dict[str, Any], checksum: int) -> dict[str, Any]:
+        args = ocp.args.StandardRestore({name: _abstract(leaf) for name, leaf in wanted.items()})
+        named = self._open().restore(step, args=ocp.args.Composite(state=args))["state"]
+        if _checksum(named) != checksum:
+            raise OSError("its checksum is wrong")
+        return named
 
-    def _read(self, step: int, target: Tree) -> dict:
-        abstract = jax.tree.map(_abstract, _flatten(target))
-        with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(self.directory / str(step) / "state", abstract)
-
-    def _warn(self, step: int, error: Exception) -> None:
-        warnings.warn(
-            f"the checkpoint of step {step} in {self.directory} is damaged and passed over: "
-            f"{_first_line(error)}",
-            stacklevel=4,
+    def _refuse(self, step: int, found: dict, wanted: dict) -> None:
+        names = sorted(found.keys() | wanted.keys())
+        name = next(name for name in names if found.get(name) != wanted.get(name))
+        raise ValueError(
+            f"the checkpoint of step {step} in {self.directory} must be one of this model, with "
+            f"{name} {_shown(wanted.get(name))}, got {_shown(found.get(name))}: choose another "
+            "directory or model"
         )
-
-    def _check_leaves(self, step: int, found: dict, wanted: dict) -> None:
-        for name in sorted(found.keys() | wanted.keys()):
-            if found.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"the checkpoint of step {step} in {self.directory} must be one of this "
-                    f"model, with {name} {_shown(wanted.get(name))}, got "
-                    f"{_shown(found.get(name))}: choose another directory or model"
-                )
-
-
-def _alone() -> MultiprocessingOptions:
-    """Returns the option that makes orbax wait for no other process."""
-    if jax.process_count() == 1:
-        return MultiprocessingOptions()
-    own = jax.process_index()
-    return MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
-    )
 
 
 def _shown(leaf: list | None) -> str:
@@ -226,36 +194,34 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300]
 
 
+def _named(tree: Tree) -> dict[str, Any]:
+    """Returns the leaves by their paths, PRNG keys as their numbers."""
+    pairs = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): _raw(leaf) if _is_key(leaf) else leaf for path, leaf in pairs}
+
+
+def _like(target: Tree, named: dict[str, Any]) -> Tree:
+    """Returns the leaves in the structure that `_named` took them from."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            jax.random.wrap_key_data(named[_name(path)]) if _is_key(leaf) else named[_name(path)]
+        ),
+        target,
+    )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _raw(leaf: Any) -> Any:
-    # Keys are stored as their uint32 data, which every version of orbax can write.
-    if not _is_key(leaf):
-        return leaf
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.eval_shape(jax.random.key_data, leaf)
-    return jax.random.key_data(leaf)
-
-
-def _flatten(tree: Tree) -> dict[str, Any]:
-    state = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep=_SEPARATOR)
-    return {name: _raw(leaf) for name, leaf in state.items()}
-
-
-def _unflatten(flat: dict[str, Any], target: Tree) -> Tree:
-    # Empty nodes are not stored: they come from the target.
-    state = traverse_util.flatten_dict(
-        serialization.to_state_dict(target), keep_empty_nodes=True, sep=_SEPARATOR
-    )
-    for name, leaf in flat.items():
-        if _is_key(state[name]):
-            leaf = jax.random.wrap_key_data(leaf)
-        state[name] = leaf
-    return serialization.from_state_dict(
-        target, traverse_util.unflatten_dict(state, sep=_SEPARATOR)
-    )
+def _raw(key: Any) -> Any:
+    if isinstance(key, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, key)
+    return jax.random.key_data(key)
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -264,22 +230,20 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _describe(flat: dict[str, Any]) -> dict[str, list]:
-    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in flat.items()}
+def _described(named: dict[str, Any]) -> dict[str, list]:
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named.items()}
 
 
 def _file_checksums(directory: Path) -> dict[str, int]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
         str(path.relative_to(directory)): zlib.crc32(path.read_bytes())
-        for path in files
-        if path.parent != directory or path.stem != Path(_SEAL).stem
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and (path.parent != directory or path.stem != Path(_SEAL).stem)
     }
 
 
-def _checksum(flat: dict[str, Any]) -> int:
-    # The disk's own checks do not cover every byte of an array.
+def _checksum(named: dict[str, Any]) -> int:
     total = 0
-    for name in sorted(flat):
-        total = zlib.crc32(np.ascontiguousarray(jax.device_get(flat[name])).tobytes(), total)
+    for name in sorted(named):
+        total = zlib.crc32(np.ascontiguousarray(jax.device_get(named[name])).tobytes(), total)
     return total

@@ -21,14 +21,9 @@ from jaxtyping import Array
 from compand_jax.data.images import ImageData, augment, normalize
 from compand_jax.data.packages import needed_for
 from compand_jax.training.checkpoints import Checkpoints
-from compand_jax.training.distributed import data_mesh as data_mesh
-from compand_jax.training.distributed import everywhere, is_main, replicate, split
+from compand_jax.training.distributed import data_mesh, everywhere, is_main, replicate, split
 from compand_jax.training.metrics_log import append_log, truncate_log
-from compand_jax.training.steps import TrainState as TrainState
-from compand_jax.training.steps import create_state as create_state
-from compand_jax.training.steps import eval_step as eval_step
-from compand_jax.training.steps import evaluate as evaluate
-from compand_jax.training.steps import train_step as train_step
+from compand_jax.training.steps import TrainState, train_step
 
 with needed_for("training", "tqdm"):
     from tqdm import tqdm

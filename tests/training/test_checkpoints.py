@@ -7,11 +7,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import serialization, traverse_util
 from tiny_runs import snapshot, tree_bytes
 
-from compand_jax.training import fit as training
 from compand_jax.training.checkpoints import Checkpoints
+from compand_jax.training.distributed import data_mesh, everywhere
+from compand_jax.training.steps import create_state
 
 
 def tree(seed):
@@ -49,9 +52,22 @@ def test_restores_the_newest_bit_for_bit(directory):
     assert restore(directory, step=1)[2] == {"of": 1}
 
 
+def test_leaves_are_named_as_in_flax_state_dicts(directory):
+    """So those of every version can be restored, whichever way it found the names."""
+    params = {"a": {"kernel": jnp.ones(2)}, "b": [jnp.ones(1), (jnp.ones(3), jnp.ones(4))]}
+    tx = optax.chain(optax.clip(1.0), optax.adamw(optax.constant_schedule(0.1)))
+    state = create_state({"params": params}, tx, jax.random.key(0))
+    names = traverse_util.flatten_dict(serialization.to_state_dict(state), sep="/")
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(3, state)
+        assert checkpoints._description(3)["leaves"].keys() == names.keys()
+        _, found, _ = checkpoints.restore(state)
+    assert tree_bytes(found) == tree_bytes(state)
+
+
 def test_devices_of_the_save_need_not_be_there(tmp_path):
-    mesh = training.data_mesh()
-    replicated = jax.device_put({"w": jnp.ones((4, 4))}, training.everywhere(mesh))
+    mesh = data_mesh()
+    replicated = jax.device_put({"w": jnp.ones((4, 4))}, everywhere(mesh))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, replicated)
         found = checkpoints.restore(jax.eval_shape(lambda: replicated))

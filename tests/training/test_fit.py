@@ -15,8 +15,10 @@ from compand_jax.data.images import normalize
 from compand_jax.training import fit as training
 from compand_jax.training import steps
 from compand_jax.training.checkpoints import Checkpoints
-from compand_jax.training.fit import FitConfig, create_state, fit
+from compand_jax.training.distributed import data_mesh, everywhere
+from compand_jax.training.fit import FitConfig, fit
 from compand_jax.training.metrics_log import append_log, read_log, truncate_log
+from compand_jax.training.steps import create_state
 
 CONFIG = FitConfig(epochs=2, batch_size=16, pad=1, flip=True, steps_per_call=2)
 TX = optax.sgd(0.05, momentum=0.9)
@@ -78,11 +80,11 @@ def count_chunks(monkeypatch):
 
 
 def test_a_chunk_transfers_nothing_and_donates_its_state():
-    data, mesh = tiny_data(), training.data_mesh()
-    everywhere = training.everywhere(mesh)
+    data, mesh = tiny_data(), data_mesh()
+    copied = everywhere(mesh)
     chunk = training.make_chunk(data, CONFIG, model=MODEL, tx=TX, mesh=mesh)
-    first = jax.device_put(start(), everywhere)
-    images, labels = jax.device_put((data.train_images, data.train_labels), everywhere)
+    first = jax.device_put(start(), copied)
+    images, labels = jax.device_put((data.train_images, data.train_labels), copied)
     text = chunk.lower(first, images, labels).as_text()
     assert not any(word in text for word in ("callback", "infeed", "outfeed"))
     second, _ = chunk(first, images, labels)
@@ -165,9 +167,9 @@ def test_eight_devices_step_like_one(augmented):
     config = CONFIG if augmented else FitConfig(epochs=1, batch_size=16, steps_per_call=1)
     results = []
     for count in (1, 8):
-        mesh = training.data_mesh(jax.devices()[:count])
+        mesh = data_mesh(jax.devices()[:count])
         chunk = training.make_chunk(data, config, model=MODEL, tx=tx, mesh=mesh)
-        where = training.everywhere(mesh)
+        where = everywhere(mesh)
         state = jax.device_put(start(tx=tx), where)
         placed = jax.device_put((data.train_images, data.train_labels), where)
         state, sums = chunk(state, *placed)
@@ -214,7 +216,7 @@ def test_batches_that_do_not_fit(tmp_path, fields, message):
 @pytest.mark.parametrize("per_call", [1, 2])
 def test_no_loop_on_a_cpu(per_call):
     """Within one, the CPU backend runs a convolution's gradient up to 100 times slower."""
-    data, mesh = tiny_data(), training.data_mesh(jax.devices()[:1])
+    data, mesh = tiny_data(), data_mesh(jax.devices()[:1])
     config = FitConfig(epochs=1, batch_size=16, steps_per_call=per_call)
     chunk = training.make_chunk(data, config, model=MODEL, tx=TX, mesh=mesh)
     text = chunk.lower(start(), data.train_images, data.train_labels).as_text()

@@ -25,8 +25,9 @@ from compand_jax.layers.partition import partition_optimizer
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 from compand_jax.models import create_model
 from compand_jax.models.layers import ConvSpec, classify, conv_stack
-from compand_jax.training.fit import FitConfig, TrainState, create_state, fit, train_step
+from compand_jax.training.fit import FitConfig, fit
 from compand_jax.training.metrics_log import read_log
+from compand_jax.training.steps import TrainState, create_state, train_step
 
 FULL = "full precision"
 MU_LAW = "mu-law W4A4"

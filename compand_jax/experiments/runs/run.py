@@ -27,8 +27,9 @@ from compand_jax.experiments.runs.stages import (
 from compand_jax.linen.model_size import model_bytes
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import is_main, wait_for_all
-from compand_jax.training.fit import TrainState, check_devices, fit
+from compand_jax.training.fit import check_devices, fit
 from compand_jax.training.metrics_log import read_log
+from compand_jax.training.steps import TrainState
 
 
 def run(config: RunConfig, *, progress: bool = True) -> str:

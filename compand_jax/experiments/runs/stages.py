@@ -18,7 +18,8 @@ from compand_jax.linen.sites import sites_from_json, sites_to_json
 from compand_jax.models import create_model
 from compand_jax.models.torch_weights import import_state_dict, load_npz_state_dict
 from compand_jax.training.checkpoints import Checkpoints
-from compand_jax.training.fit import FitConfig, TrainState, create_state, evaluate
+from compand_jax.training.fit import FitConfig
+from compand_jax.training.steps import TrainState, create_state, evaluate
 
 _MOMENTUM = 0.9
 

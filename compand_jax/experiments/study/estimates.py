@@ -16,7 +16,8 @@ from compand_jax.experiments.runs.stages import calibration_batches, make_stage
 from compand_jax.experiments.study.grid import Cell
 from compand_jax.experiments.study.records import read_record
 from compand_jax.experiments.study.run import Study
-from compand_jax.training.fit import create_state, fit
+from compand_jax.training.fit import fit
+from compand_jax.training.steps import create_state
 
 # By data set: training images, shape, classes.
 _SHAPES = {"digits": (1437, (8, 8, 1), 10), "cifar10": (50_000, (32, 32, 3), 10),
