@@ -10,7 +10,6 @@ docs/*.md from results/, which report.py without DIR does alone. Two kinds of bl
 
 import collections
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -22,7 +21,9 @@ import tyro
 from command_line import parse, run_script
 
 from compand_jax.experiments.benchmark.report import benchmark_text
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.record import document
+from compand_jax.experiments.records import read_json
 from compand_jax.experiments.runs.report import results_table
 from compand_jax.experiments.study.report import (
     keep_report,
@@ -53,7 +54,7 @@ class Args:
 
     def __post_init__(self):
         if self.check and self.directory is not None:
-            raise ValueError(
+            raise UserError(
                 f"`check` must go without a study, got {self.directory}: leave one of them out"
             )
 
@@ -81,11 +82,11 @@ def pages(root: Path) -> list[Path]:
     """Returns the README and the pages of docs/.
 
     Raises:
-      FileNotFoundError: if there is no README.
+      UserError: if there is no README.
     """
     readme = root / "README.md"
     if not readme.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"`root` must hold README.md, got {root}: give the project's directory, or, with a "
             "study, --no-keep"
         )
@@ -97,7 +98,7 @@ def _update(root: Path, *, check: bool = False) -> None:
         if new == page.read_text():
             continue
         if check:
-            raise ValueError(
+            raise UserError(
                 f"`root` must have the tables of its records, got others in {page}: run "
                 "scripts/report.py"
             )
@@ -110,15 +111,15 @@ def filled(root: Path) -> dict[Path, str]:
     """Returns the text that each page is to have: its blocks filled, empty without a record.
 
     Raises:
-      FileNotFoundError: if there is no README.
-      ValueError: if a record has no block, or more than one, or does not agree with itself.
+      UserError: if there is no README, or a record has no block, more than one, or does not agree
+        with itself.
     """
     found, results = pages(root), root / "results"
     counts = _blocks(found)
     for path in sorted(path for name in _RECORDS for path in results.glob(f"*/{name}")):
         name = f"results:{path.parent.name}"
         if counts[name] != 1:
-            raise ValueError(
+            raise UserError(
                 f"`root` must have one block for each record, got {counts[name]} for {path}: write "
                 f"the lines <!-- {name} --> and <!-- /results --> in one page of docs/"
             )
@@ -154,14 +155,14 @@ def record_text(record: Path, link: str) -> str:
       link: where the directory is, from the page that the text is for.
 
     Raises:
-      ValueError: if the record does not agree with itself.
+      UserError: if the record does not agree with itself.
     """
     if (record / "results.csv").is_file():
         return study_block(record, link)
     if (path := record / "benchmark.json").is_file():
-        text = benchmark_text(json.loads(path.read_text()))
+        text = benchmark_text(read_json(path))
     elif (path := record / "results.json").is_file():
-        text = _run_text(record, json.loads(path.read_text()))
+        text = _run_text(record, read_json(path))
     else:
         return ""
     return f"{text}\n\nRecord and curves: [results/{record.name}]({link})."
@@ -173,7 +174,7 @@ def _run_text(record: Path, results: list | dict) -> str:
     text = (record / "results.md").read_text()
     heading, _, body = text.partition("\n## ")[0].partition("\n")
     if not heading.startswith("# ") or table not in text:
-        raise ValueError(
+        raise UserError(
             f"`results` must have the same table in results.md and results.json, got others in "
             f"{record}: record the run again"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import report
 
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.record import document
 from compand_jax.experiments.runs.config import FULL_PRECISION
 from compand_jax.experiments.runs.report import results_table
@@ -46,7 +47,7 @@ def test_update_fills_the_block_and_only_it(root, capsys):
     record(root)
     page = root / "docs" / "page.md"
     page.write_text("before\n" + BLOCK.format("stale\n") + "after\n")
-    with pytest.raises(ValueError, match=r"`root` must have the tables .* got others in docs/page"):
+    with pytest.raises(UserError, match=r"`root` must have the tables .* got others in docs/page"):
         report.main(["--check"])
     assert "stale" in page.read_text()
     report.main([])
@@ -73,7 +74,7 @@ def test_a_table_is_the_first_of_the_record_and_what_is_below_it(root):
     assert (root / "README.md").read_text() == expected
     report.main(["--check"])
     (root / "README.md").write_text(expected.replace("50.00", "51.00"))
-    with pytest.raises(ValueError, match=r"`root` must have the tables .* got others in README.md"):
+    with pytest.raises(UserError, match=r"`root` must have the tables .* got others in README.md"):
         report.main(["--check"])
 
 
@@ -123,7 +124,7 @@ def test_record_needs_one_block(root, here, there):
     record(root)
     (root / "README.md").write_text(BLOCK.format("") * here)
     (root / "docs" / "page.md").write_text(BLOCK.format("") * there)
-    with pytest.raises(ValueError, match=rf"`root` must have one block .* got {here + there} for"):
+    with pytest.raises(UserError, match=rf"`root` must have one block .* got {here + there} for"):
         report.main([])
 
 
@@ -136,7 +137,7 @@ def test_record_that_contradicts_itself_is_refused(root):
 
 
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`root` must hold README.md, got .*: give the pr"):
+    with pytest.raises(UserError, match=r"`root` must hold README.md, got .*: give the pr"):
         report.main(["--root", str(tmp_path)])
-    with pytest.raises(ValueError, match="`check` must go without a study, got runs/x: leave one"):
+    with pytest.raises(UserError, match="`check` must go without a study, got runs/x: leave one"):
         report.Args(Path("runs/x"), check=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import report
 
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import write_json
 from compand_jax.experiments.study.records import ROW
 from compand_jax.experiments.study.report import (
@@ -242,7 +243,7 @@ def test_kept_records_fill_the_readme_and_only_agreeing_ones(directory, tmp_path
     with pytest.raises(ValueError, match="`results` must have the results.csv of its records, got"):
         report.main(["--check"])
     write_report(kept)
-    with pytest.raises(ValueError, match="`root` must have the tables of its records, got others"):
+    with pytest.raises(UserError, match="`root` must have the tables of its records, got others"):
         report.main(["--check"])
     report.main([])
     report.main(["--check"])
@@ -273,7 +274,7 @@ def test_of_a_failure_the_error_is_kept_without_its_traceback(directory, tmp_pat
 
 def test_a_study_without_a_block_is_not_kept(directory, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"`root` must hold README.md, got \.: give"):
+    with pytest.raises(UserError, match=r"`root` must hold README.md, got \.: give"):
         report.main([str(directory)])
     Path("README.md").write_text("no block\n")
     report.main([str(directory)])
