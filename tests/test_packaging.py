@@ -42,7 +42,7 @@ def test_what_is_imported_is_declared(folder):
     if folder == "compand_jax":  # the benchmark and the export say what is missing
         extras = PROJECT["optional-dependencies"]
         declared |= {name_of(requirement) for requirement in extras["bench"] + extras["onnx"]}
-        declared.add("jax2onnx")  # installed without its dependencies, see the README
+        declared.add("jax2onnx")  # installed without its dependencies, see docs/frozen_format.md
     if folder == "tests":
         declared |= {
             name_of(requirement) for requirement in PROJECT["optional-dependencies"]["test"]

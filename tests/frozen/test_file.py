@@ -83,7 +83,7 @@ def test_a_parameter_without_axes(tmp_path):
 
 
 def test_read_with_numpy_and_json_alone(made):
-    """As the README describes the format."""
+    """As docs/frozen_format.md describes the format."""
     path, frozen, _ = made
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")

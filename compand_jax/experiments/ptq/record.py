@@ -133,7 +133,7 @@ def write_record(directory: Path, record: dict[str, Any]) -> str:
 
 
 def document(record: Mapping[str, Any]) -> str:
-    """Returns a record as Markdown; what comes before its first second heading is for a README."""
+    """Returns a record as Markdown; what comes before its first second heading is for a page."""
     config, versions = record["config"], record["versions"]
     parts = [f"# Quantized without training: {config['model']} on {config['dataset']}"]
     if "full_precision" in record:

@@ -103,7 +103,7 @@ class RunConfig:
     """Distance of checkpoints, in epochs."""
     distributed: bool = False
     """Whether this is one of several processes that train together, on one machine or many; see
-    "Many machines" in the README."""
+    docs/many_machines.md."""
     data_dir: Path = Path("data")
     """Directory of the prepared data sets."""
     run_dir: Path = Path("runs/digits")
