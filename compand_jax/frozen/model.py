@@ -358,8 +358,11 @@ def make_frozen(
     signature: Signature | None,
     arrays: Arrays,
 ) -> FrozenModel:
-    """Returns the frozen model of these parts, its arrays on the device."""
+    """Returns the frozen model of these parts, its arrays copies of its own on the device.
+
+    What the arrays came from may be donated to a train step, or written to, and not this model.
+    """
     on_device = {
-        kind: {name: jnp.asarray(x) for name, x in named.items()} for kind, named in arrays.items()
+        kind: {name: jnp.array(x) for name, x in named.items()} for kind, named in arrays.items()
     }
     return FrozenModel(model, FrozenDict(sites), act_site, signature, on_device)

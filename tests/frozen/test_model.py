@@ -194,6 +194,26 @@ def test_computed_weights():
     np.testing.assert_array_equal(frozen.apply(x), expected)
 
 
+@pytest.mark.quick
+def test_a_frozen_model_is_its_own(tmp_path):
+    x = normal(5, 4)
+    qmodel = cj.quantize_model(NormedNet(), cj.QuantConfig(weight_granularity="channel"))
+    variables = drawn(qmodel, x)
+    mean = np.array(variables["batch_stats"]["norm"]["mean"])
+    variables["batch_stats"]["norm"]["mean"] = mean
+    expected = np.asarray(jax.jit(qmodel.apply)(variables, x))
+    frozen = cj.freeze(qmodel, variables, x)
+    mean += 1  # in place
+    variables["batch_stats"]["norm"]["mean"] = jnp.asarray(mean)
+    train_step = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)
+    jax.block_until_ready(train_step(variables))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(variables))
+    np.testing.assert_array_equal(frozen.apply(x), expected)
+    frozen.save(tmp_path / "own.safetensors")
+    loaded = cj.load_frozen(tmp_path / "own.safetensors", NormedNet())
+    np.testing.assert_array_equal(loaded.apply(x), expected)
+
+
 class StackedNorm(nn.Module):
     """Layers that compute their weights, stacked."""
 
