@@ -29,25 +29,26 @@ def fit(
 ) -> tuple[Float[Array, ""], Float[Array, "..."]]:
     """Returns the mu and the scale that quantize an array best.
 
-    They minimize sum_i (x_i - Q(x_i; mu, c))^2, with Q as `fake_quantize`: mu over [0, 255], and
-    the scale c at each mu as `calibration` says. Where an axis keeps scales of its own, mu is
-    still one for the array.
+    They minimize sum_i (x_i - Q(x_i; mu, c))^2, where Q is `fake_quantize`. mu is searched from 0
+    to 255, and at each mu the scale c is the one that `calibration` asks for. With `axis` there
+    are several scales, and still one mu for the whole array.
 
     Args:
       x: Values, floating, any shape, concrete.
       bits: Bits per value, 1 to 8.
       signed: Whether x has a sign; where not, x <= 0 counts as 0.
       grid: "midtread" or "midrise".
-      axis: The axes, counted as in NumPy, of which each index has a scale of its own, such as -1
-        for the output channels of a kernel; None for one scale.
+      axis: An axis or several, counted as in NumPy: each index along them has a scale of its own,
+        such as -1 for the output channels of a kernel. None is one scale.
       calibration: "mse": the scale of the least squared error; "absmax": the largest magnitude;
         "percentile": the magnitude that `percentile` percent do not exceed.
       percentile: Percent of the magnitudes, in (0, 100], for the calibration of that name.
-      mu: The mu to hold, 0 to 255, where 0 is uniform; None for the best one.
+      mu: A mu to keep, 0 to 255, where 0 is uniform; only the scale is searched then. None
+        searches both.
 
     Returns:
-      mu, a float32 scalar, and scale, float32: a scalar, or x's shape with 1 for every axis that
-      is not kept, which broadcasts to x. The scale of values that are all zero is 1.
+      mu, a float32 scalar, and scale, float32: a scalar, or with `axis` an array that broadcasts
+      to x, of size 1 along the other axes. The scale of values that are all zero is 1.
 
     Raises:
       TypeError: x is not floating, or traced, or `axis` is no integer or integers.

@@ -25,10 +25,20 @@ _THETA_MAX = float(np.log1p(MU_MAX))
 
 @jax.custom_vjp
 def mu_from_theta(theta: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns mu = expm1(clip(theta, 0, log 256)), in [0, 255].
+    """Returns the mu of a trainable theta, mu = expm1(clip(theta, 0, log 256)).
 
-    Gradient: exp(theta) inside the bounds; at a bound and beyond it, the same slope where a
-    descent step leads back inside, else 0. A mu that reaches 0 can leave it again.
+    Args:
+      theta: Any number, a scalar; what an optimizer moves.
+
+    Returns:
+      mu in [0, 255], of theta's dtype.
+
+    Gradient: exp(theta) between the bounds. At a bound and beyond it, it is the slope at the bound
+      where a descent step leads back inside, and 0 where it leads outside. So a mu that has
+      reached 0 can leave it again.
+
+    >>> float(mu_from_theta(jnp.log(3.0))), float(mu_from_theta(jnp.array(-1.0)))
+    (2.0, 0.0)
     """
     return jnp.expm1(jnp.clip(theta, 0, _THETA_MAX))
 
@@ -47,17 +57,53 @@ mu_from_theta.defvjp(_mu_fwd, _mu_bwd)
 
 
 def theta_from_mu(mu: Any) -> Float[Array, ""]:
-    """Returns log(1 + mu) as float32, the inverse of `mu_from_theta` on [0, 255]."""
+    """Returns the trainable form of mu, theta = log(1 + mu); `mu_from_theta` is its inverse.
+
+    Args:
+      mu: Curvature, 0 to 255, a scalar.
+
+    Returns:
+      theta in [0, log 256], float32.
+
+    Gradient: 1/(1 + mu).
+
+    >>> round(float(mu_from_theta(theta_from_mu(255))), 3)
+    255.0
+    """
     return jnp.log1p(jnp.asarray(mu, jnp.float32))
 
 
 def scale_from_rho(rho: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns exp(rho), positive."""
+    """Returns the scale of a trainable rho, exp(rho).
+
+    Args:
+      rho: Any numbers, of any shape; what an optimizer moves.
+
+    Returns:
+      Positive scales of rho's shape and dtype, in the units of what they clip.
+
+    Gradient: exp(rho).
+
+    >>> float(scale_from_rho(jnp.array(0.0)))
+    1.0
+    """
     return jnp.exp(rho)
 
 
 def rho_from_scale(scale: Any) -> Float[Array, "..."]:
-    """Returns log(scale) as float32, the inverse of `scale_from_rho`."""
+    """Returns the trainable form of a scale, rho = log(scale); `scale_from_rho` is its inverse.
+
+    Args:
+      scale: Positive numbers, of any shape, in the units of what they clip.
+
+    Returns:
+      rho, float32, of the scale's shape.
+
+    Gradient: 1/scale.
+
+    >>> float(rho_from_scale(1.0))
+    0.0
+    """
     return jnp.log(jnp.asarray(scale, jnp.float32))
 
 

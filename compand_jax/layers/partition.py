@@ -11,19 +11,23 @@ def partition_optimizer(
     mu: optax.GradientTransformation,
     scale: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimizer of {"params": ..., "compand": ...} with a part for each kind of leaf.
+    """Returns one optimizer with a part each for the weights, for mu and for the scales.
 
-    `weights` acts on all of "params"; `mu` and `scale` on the leaves of "compand" whose last key
-    ends in `mu` or `scale`. Nothing of one part reaches another: a weight decay in `weights`
-    leaves mu and scale alone. In full precision "compand" is absent, and so it may be.
+    It moves {"params": ..., "compand": ...}. `weights` has all of "params", `mu` and `scale` have
+    the leaves of "compand" whose name ends in `mu` or `scale`. The parts do not mix: weight decay
+    in `weights` leaves mu and the scales alone. "compand" may be absent, as in full precision.
 
     Args:
       weights: Optimizer of the network's own parameters.
-      mu: Optimizer of theta = log(1 + mu); mu stays in [0, 255] whatever it does.
-      scale: Optimizer of rho = log(scale).
+      mu: Optimizer of theta = log(1 + mu). Whatever it does, mu stays in [0, 255].
+      scale: Optimizer of rho = log(scale). Whatever it does, the scale stays positive.
+
+    Returns:
+      An optax transformation: its `init` takes these parameters, its `update` their gradients.
 
     Raises:
-      ValueError: on `init`, a collection or a leaf is of no known kind.
+      ValueError: in `init`, if a leaf is neither in "params" nor named ...mu or ...scale in
+        "compand".
 
     >>> tx = partition_optimizer(optax.sgd(0.1), mu=optax.adam(1e-3), scale=optax.set_to_zero())
     >>> state = tx.init({"params": {"kernel": 1.0}, "compand": {"weight_mu": 0.7}})
