@@ -76,22 +76,28 @@ def check_spec(bits: Any, signed: bool = True, grid: str = "midtread") -> Spec:
 def codebook(
     mu: ArrayLike, scale: ArrayLike, *, bits: int, signed: bool = True, grid: str = "midtread"
 ) -> tuple[Float[Array, "... levels"], Float[Array, "... thresholds"]]:
-    """Returns all levels of a quantizer and the thresholds between them, in ascending order.
+    """Returns the levels of a quantizer and the thresholds between them, each in ascending order.
 
-    midtread: l_k = c G(k/M), k in [-M, M] (signed) or [0, M]; thresholds at c G((k - 1/2)/M).
-    midrise: l_k = c G((k + 1/2)/H), k in [-H, H - 1]; thresholds at c G(k/H).
+    With G as `mu_law_expand`, M = 2^(bits-1) - 1 (signed) or 2^bits - 1, and H = 2^(bits-1):
+
+        midtread   levels c G(k/M), k in [-M, M] or [0, M];    thresholds +-c G((k - 1/2)/M), k > 0
+        midrise    levels c G((k + 1/2)/H), k in [-H, H - 1];  thresholds c G(k/H)
+
+    A value at a threshold belongs to the level nearer to zero on midtread, and to the one farther
+    from zero on midrise.
 
     Args:
       mu: Curvature, at least 0; a scalar or an array.
       scale: Clip c > 0, in the units of x; a scalar or an array that broadcasts with mu.
       bits: Bits per code, 1 to 8.
-      signed: Whether x has a sign; where not, x <= 0 has code 0.
+      signed: Whether x can be negative. If not, there are no levels below zero.
       grid: "midtread" (a level at zero) or "midrise" (a threshold at zero; signed only).
 
     Returns:
-      float32 levels (2M + 1, M + 1 or 2H of them) and thresholds (one fewer) along a new last
-      axis behind the broadcast shape of mu and scale. A value at a threshold belongs to the
-      level nearer zero on midtread, farther from zero on midrise.
+      Levels and thresholds, float32, along a new last axis after the shape that mu and scale
+      broadcast to. Of levels there are 2M + 1, M + 1 (unsigned) or 2H, of thresholds one fewer.
+
+    Gradient: of these formulas, in mu and in scale.
 
     Raises:
       ValueError: `bits`, `signed` and `grid` do not go together, or a concrete mu is negative

@@ -28,18 +28,20 @@ def mu_law_compress(x: ArrayLike, mu: ArrayLike) -> Float[Array, "..."]:
 
     Args:
       x: Values in [-1, 1], any shape, floating.
-      mu: Curvature, at least 0, without unit; a scalar or of x's rank, broadcast. 0 is the
-        identity, exactly.
+      mu: Curvature, at least 0, without unit; a scalar, or an array that broadcasts to x. At 0
+        the curve is the identity, exactly.
 
     Returns:
-      Values in [-1, 1], of x's shape and dtype; evaluated in float32 or wider.
+      Values in [-1, 1], of x's shape and dtype; computed in float32 or wider.
+
+    Gradient: with L = log(1 + mu) and the result F,
+      in x: mu / (L (1 + mu |x|)), which is 1 at mu = 0;
+      in mu: sign(x) [|x|/(1 + mu |x|) - |F|/(1 + mu)] / L, which is sign(x) |x| (1 - |x|)/2 at
+        mu = 0.
 
     Raises:
-      TypeError: x is not floating, or mu not numeric.
+      TypeError: x is not floating, or mu is not numeric.
       ValueError: a concrete mu is negative or not finite.
-
-    Gradient: in x, q(mu)^-1/(1 + mu |x|) with q(mu) = log1p(mu)/mu; in mu,
-      sign(x) [|x|/(1 + mu |x|) - F/(1 + mu)] / L, which tends to sign(x) |x| (1 - |x|)/2 at 0.
 
     >>> float(mu_law_compress(0.5, mu=0.0))
     0.5
@@ -47,7 +49,7 @@ def mu_law_compress(x: ArrayLike, mu: ArrayLike) -> Float[Array, "..."]:
     0.591
     """
     x = jnp.asarray(x)
-    v, sign, mu = _magnitude_sign_mu(x, mu)
+    v, sign, mu = _magnitude_sign_mu("x", x, mu)
     return (sign * v * log1p_ratio(mu * v) / log1p_ratio(mu)).astype(x.dtype)
 
 
@@ -56,14 +58,20 @@ def mu_law_expand(y: ArrayLike, mu: ArrayLike) -> Float[Array, "..."]:
 
     Args:
       y: Values in [-1, 1], any shape, floating.
-      mu: Curvature, at least 0, without unit; a scalar or of y's rank, broadcast. 0 is the
-        identity, exactly.
+      mu: Curvature, at least 0, without unit; a scalar, or an array that broadcasts to y. At 0
+        the curve is the identity, exactly.
 
     Returns:
-      Values in [-1, 1], of y's shape and dtype; evaluated in float32 or wider.
+      Values in [-1, 1], of y's shape and dtype; computed in float32 or wider.
 
-    Gradient: in y, q(mu) (1 + mu |G|) with q(mu) = log1p(mu)/mu; in mu,
-      sign(y) [|y| (1 + mu |G|)/(1 + mu) - |G|] / mu, which tends to sign(y) |y| (|y| - 1)/2 at 0.
+    Gradient: with L = log(1 + mu) and the result G,
+      in y: L (1 + mu |G|) / mu, which is 1 at mu = 0;
+      in mu: sign(y) [|y| (1 + mu |G|)/(1 + mu) - |G|] / mu, which is sign(y) |y| (|y| - 1)/2 at
+        mu = 0.
+
+    Raises:
+      TypeError: y is not floating, or mu is not numeric.
+      ValueError: a concrete mu is negative or not finite.
 
     >>> float(mu_law_expand(0.5, mu=0.0))
     0.5
@@ -71,13 +79,15 @@ def mu_law_expand(y: ArrayLike, mu: ArrayLike) -> Float[Array, "..."]:
     0.1
     """
     y = jnp.asarray(y)
-    w, sign, mu = _magnitude_sign_mu(y, mu)
+    w, sign, mu = _magnitude_sign_mu("y", y, mu)
     return (sign * w * expm1_ratio(w * jnp.log1p(mu)) * log1p_ratio(mu)).astype(y.dtype)
 
 
-def _magnitude_sign_mu(x: Array, mu: ArrayLike) -> tuple[Array, Array, Array]:
+def _magnitude_sign_mu(name: str, x: Array, mu: ArrayLike) -> tuple[Array, Array, Array]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating, got {x.dtype}: convert it with x.astype(float)")
+        raise TypeError(
+            f"`{name}` must be floating, got {x.dtype}: convert it with {name}.astype(float)"
+        )
     dtype = compute_dtype(x.dtype)
     mu = check_values("mu", mu, dtype, 0.0, "at least 0 and finite")
     x = x.astype(dtype)

@@ -38,21 +38,25 @@ def quantize(
 ) -> Integer[Array, "..."]:
     """Returns the integer code of each value: how many thresholds lie between it and zero.
 
+    The codes k are those of `codebook`'s levels, and `dequantize` returns these levels.
+
     Args:
-      x: Values, floating, any shape; beyond the scale they are clipped. NaN has code 0.
-      mu: Curvature, at least 0; a scalar or of x's rank, broadcast.
-      scale: Clip c > 0, in the units of x; a scalar or of x's rank, broadcast.
+      x: Values, floating, any shape. Values beyond the scale are clipped, and NaN has code 0.
+      mu: Curvature, at least 0; a scalar, or an array of x's rank that broadcasts to x.
+      scale: Clip c > 0, in the units of x; a scalar, or an array of x's rank that broadcasts to x.
       bits: Bits per code, 1 to 8.
-      signed: Whether x has a sign; where not, x <= 0 has code 0.
+      signed: Whether x can be negative. If not, x <= 0 has code 0.
       grid: "midtread" or "midrise".
 
     Returns:
-      Codes of x's shape: int8 in [-M, M] (midtread) or [-H, H - 1] (midrise), uint8 in [0, M]
-      where unsigned.
+      Codes of x's shape: int8 in [-M, M] (midtread) or [-H, H - 1] (midrise), or uint8 in [0, M]
+      if not signed, with M = 2^(bits-1) - 1 (signed) or 2^bits - 1, and H = 2^(bits-1).
+
+    Not differentiable: codes are integers. `fake_quantize` is.
 
     Raises:
       TypeError: x is not floating.
-      ValueError: as `codebook`, or mu or scale do not broadcast to x.
+      ValueError: as `codebook`, or mu or scale does not broadcast to x.
 
     >>> print(quantize(jnp.array([-2.0, -0.2, 0.0, 0.3, 0.9]), 2.0, 1.0, bits=3))
     [-3 -1  0  1  3]
@@ -75,15 +79,17 @@ def dequantize(
 
     Args:
       codes: Codes as `quantize` returns them, int8 (signed) or uint8, any shape.
-      mu: Curvature, at least 0; a scalar or of the codes' rank, broadcast.
-      scale: Clip c > 0, in the units of x; a scalar or of the codes' rank, broadcast.
+      mu: Curvature, at least 0; a scalar, or an array of the codes' rank that broadcasts to them.
+      scale: Clip c > 0, in the units of x; likewise.
       bits: Bits per code, 1 to 8.
-      signed: Whether the codes have a sign.
+      signed: Whether the codes are those of values that can be negative.
       grid: "midtread" or "midrise".
       dtype: Floating type of the result.
 
     Returns:
-      Levels of the codes' shape, equal to `fake_quantize` of the values they came from.
+      Levels of the codes' shape. They equal `fake_quantize` of the values that were quantized.
+
+    Gradient: in mu and scale, that of the levels.
 
     Raises:
       TypeError: the codes are not of the type that `quantize` returns, or `dtype` is not floating.
@@ -118,24 +124,29 @@ def fake_quantize(
 ) -> Float[Array, "..."]:
     """Returns each value moved to its level, Q(x) = sign(x) c G(y_q), differentiably.
 
+    y_q is F(v) rounded to the grid, with v = min(|x|/c, 1); F is `mu_law_compress`, and G its
+    inverse.
+
     Args:
-      x: Values, floating, any shape; beyond the scale they are clipped. NaN stays NaN.
-      mu: Curvature, at least 0; a scalar or of x's rank, broadcast.
-      scale: Clip c > 0, in the units of x; a scalar or of x's rank, broadcast.
+      x: Values, floating, any shape. Values beyond the scale are clipped, and NaN stays NaN.
+      mu: Curvature, at least 0; a scalar, or an array of x's rank that broadcasts to x.
+      scale: Clip c > 0, in the units of x; a scalar, or an array of x's rank that broadcasts to x.
       bits: Bits per value, 1 to 8.
-      signed: Whether x has a sign; where not, x <= 0 gives 0 and passes no gradient.
+      signed: Whether x can be negative. If not, x <= 0 gives 0 and passes no gradient.
       grid: "midtread" or "midrise".
       gradient: What dQ/dx is inside the clip: "identity" is 1, "chain" is the chain rule
         through both curves, (1 + mu v_q)/(1 + mu v).
 
     Returns:
-      Levels, of x's shape and dtype; the table is float32 or wider.
+      Levels, of x's shape and dtype; computed in float32 or wider.
 
-    Gradient: rounding passes its own. With v_q = G(y_q) and y = F(v),
+    Gradient: straight-through, which means that rounding passes its gradient on. With v_q = G(y_q)
+      and y = F(v),
       in x: 1 for |x| < c, else 0;
-      in mu: sign(x) (c/mu) [(1 + mu v_q)(y_q - y)/(1 + mu) + (v - v_q)/(1 + mu v)], its limit
-        sign(x) c (v_q - v)(v_q + v - 1)/2 at mu = 0; outside the clip v = y = 1;
+      in mu: sign(x) (c/mu) [(1 + mu v_q)(y_q - y)/(1 + mu) + (v - v_q)/(1 + mu v)], where v = y = 1
+        outside the clip; at mu = 0 its limit, sign(x) c (v_q - v)(v_q + v - 1)/2;
       in scale: sign(x) (v_q - v) for |x| < c, sign(x) v_q outside.
+      It is of reverse mode: `jax.jvp` and `jax.jacfwd` raise a TypeError.
 
     Raises:
       TypeError: x is not floating.
