@@ -170,3 +170,13 @@ def test_messages_are_one_line():
         with pytest.raises(ValueError, match="`") as caught:
             call(**arguments)
         assert "\n" not in str(caught.value)
+
+
+def test_forward_mode_is_refused():
+    def quantized(x):
+        return fake_quantize(x, 1.0, 1.0, bits=4)
+
+    with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
+        jax.jvp(quantized, (0.3,), (1.0,))
+    with pytest.raises(TypeError, match=r"forward-mode autodiff.*custom_vjp"):
+        jax.jacfwd(quantized)(0.3)
