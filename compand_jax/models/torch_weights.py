@@ -36,36 +36,34 @@ _Shape = tuple[int, ...]
 
 
 def import_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Returns the variables with which `model` computes what the PyTorch network did, to rounding.
+    """Returns the variables that make `model` compute what a PyTorch network computes, to rounding.
 
-    Names are those of the public networks, with or without the `module.` that `DataParallel` puts
-    before them:
+    Names are those of the public networks. `DataParallel`'s prefix `module.` may be there or not.
 
-        AlexNet, VGG    features.N.{weight, bias, running_mean, running_var}, N counting the
-                        relus and pools too
-        ResNet          conv1, bn1, layerS.B.convI, layerS.B.bnI, all shortcuts of option A
-        dense layer     classifier, linear or fc, or classifier.N where it is part of a Sequential
+        AlexNet, VGG    features.N.{weight, bias, running_mean, running_var}; N counts relus and
+                        pools too
+        ResNet          conv1, bn1, layerS.B.convI, layerS.B.bnI; all shortcuts are of option A
+        dense layer     classifier, linear or fc; classifier.N inside a Sequential
 
-    A convolution before a batch norm may have a bias: it is folded into the mean, of which
-    batch norm subtracts it again, (y + bias) - mean = y - (mean - bias). `num_batches_tracked` is
-    ignored. Strides, paddings and epsilon are not in a state dict: the network must be one of the
-    sources below in these too.
+    A convolution before a batch norm may have a bias. It is folded into the norm's mean, since
+    (y + bias) - mean = y - (mean - bias). `num_batches_tracked` is ignored. A state dict does not
+    hold strides, paddings and epsilon: these must be those of the sources below.
 
     Args:
-      state_dict: arrays, or what `np.asarray` takes, of a floating type; kernels
-        [out, in, height, width] or [out, in]. It is not changed, nor does the result share its
-        memory. Values are taken as they are, NaN among them.
-      model: an `AlexNet`, `VGG` or `ResNet` of `compand_jax.models`, for images [32, 32, 3]; with
-        batch norm in block order "conv_norm_act", as the PyTorch networks are.
+      state_dict: Arrays of a floating type by name, or what `np.asarray` takes for one. Kernels
+        are [out, in, height, width] or [out, in]. It is not changed, and the result shares no
+        memory with it. Values are taken as they are, NaN included.
+      model: An `AlexNet`, `VGG` or `ResNet` of `compand_jax.models`, for images [32, 32, 3]. With
+        batch norm it must be in block order "conv_norm_act", as the PyTorch networks are.
 
     Returns:
       {"params": ..., "batch_stats": ...} with the tree, shapes and types (float32) of
-      `model.init`; no "batch_stats" where the model has no batch norm.
+      `model.init`; no "batch_stats" if the model has no batch norm.
 
     Raises:
-      TypeError: if the model is none of these, or the state dict no mapping.
-      ValueError: if names are missing or extra, or shapes wrong, all of which are listed; or if
-        the model is in block order "norm_act_conv" with batch norm.
+      TypeError: `model` is none of these networks, or `state_dict` is no mapping.
+      ValueError: names are missing or not known, or shapes are wrong, and all of them are listed;
+        or the model has batch norm in block order "norm_act_conv".
 
     >>> kernels = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3),
     ...            8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
@@ -110,20 +108,20 @@ def import_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> dict[s
 def load_npz_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz file by name, for `import_state_dict`.
 
-    Where PyTorch is installed, such a file is made by
+    Where PyTorch is installed, this makes such a file:
 
         np.savez(path, **{name: tensor.cpu().numpy() for name, tensor in state_dict.items()})
 
     Args:
-      path: of the file; nothing in it is unpickled.
+      path: Of the file. Nothing in it is unpickled.
 
     Returns:
-      The arrays, in the host's memory, as they were saved.
+      The arrays as they were saved, in the host's memory.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      OSError: if it cannot be opened.
-      ValueError: if it is damaged, or no .npz file.
+      FileNotFoundError: there is no such file.
+      OSError: the file cannot be opened.
+      ValueError: the file is damaged, or no .npz file.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
