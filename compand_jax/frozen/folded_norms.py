@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from compand_jax.frozen.sample import Call
+from compand_jax.layers.observation import Observer
 from compand_jax.layers.parametrization import get_leaf, site_path
-from compand_jax.linen.interception import Observer, intercept_layers
+from compand_jax.linen.interception import intercept_layers
 
 NORM_LEAVES = (
     ("params", "scale"),

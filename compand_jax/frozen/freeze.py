@@ -29,7 +29,7 @@ from compand_jax.frozen.tree import (
 )
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.linen.interception import Observer
+from compand_jax.layers.observation import Observer
 from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.quantized_model import QuantizedModel, compand_of
 from compand_jax.linen.summary import WEIGHT_NAMES

@@ -36,8 +36,10 @@ from compand_jax.frozen.tree import (
     leaf_path,
     split_path,
 )
+from compand_jax.layers.observation import Layer
 from compand_jax.layers.parametrization import get_leaf, set_leaf, site_path
-from compand_jax.linen.interception import Layer, intercept_layers, layers_run, require_reached
+from compand_jax.linen.interception import intercept_layers
+from compand_jax.linen.reach import layers_run, require_reached
 
 
 @functools.partial(

@@ -7,9 +7,7 @@ output is then sum_t (e . x_t)^2 = e^T H e, with the second moments H = sum_t x_
 
 import dataclasses
 import math
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,39 +83,3 @@ class Unrolling:
             cut = map(slice, begin, begin + last + 1, strides)
             parts.append(x[:, *cut])
         return jnp.stack(parts, -2)
-
-
-def unrolling_of(module: nn.Module) -> Unrolling | None:
-    """Returns how a layer is unrolled, or None: it is no Dense, DenseGeneral or Conv."""
-    if isinstance(module, nn.Conv):
-        return _of_conv(module)
-    if isinstance(module, nn.Dense):
-        return Unrolling()
-    if isinstance(module, nn.DenseGeneral) and not module.batch_dims:
-        axis = module.axis
-        return Unrolling(contracted=(axis,) if isinstance(axis, int) else tuple(axis))
-    return None
-
-
-def _of_conv(module: nn.Conv) -> Unrolling:
-    size = module.kernel_size
-    ndim = 1 if isinstance(size, int) else len(size)
-
-    def for_each_axis(value: Any) -> tuple[int, ...]:
-        value = 1 if value is None else value
-        return (value,) * ndim if isinstance(value, int) else tuple(value)
-
-    padding = module.padding
-    if isinstance(padding, str):
-        # The others have been carried out on what the layer multiplies.
-        padding = padding if padding == "SAME" else "VALID"
-    else:
-        pads = (padding,) * ndim if isinstance(padding, int) else padding
-        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in pads)
-    return Unrolling(
-        strides=for_each_axis(module.strides),
-        padding=padding,
-        input_dilation=for_each_axis(module.input_dilation),
-        kernel_dilation=for_each_axis(module.kernel_dilation),
-        groups=module.feature_group_count,
-    )

@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.linen.interception import Observer
-from compand_jax.linen.sites import sites_from_observers
+from compand_jax.layers.observation import Observer
+from compand_jax.layers.sites import sites_from_observers
 from compand_jax.linen.summary import site_weight
 
 

@@ -29,10 +29,10 @@ from compand_jax.calibration.samples import (
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.batches import all_finite, each_batch, require_concrete
 from compand_jax.layers.config import QuantConfig, require_choice
+from compand_jax.layers.observation import Layer, Observer
+from compand_jax.layers.sites import Site, check_signs, sites_from_observers
 from compand_jax.layers.unrolling import Unrolling
-from compand_jax.linen.interception import Layer, Observer
 from compand_jax.linen.observation import observe_layers
-from compand_jax.linen.sites import Site, check_signs, sites_from_observers
 
 # A float32 matrix of second moments of so many inputs takes 256 MB.
 _MOST_INPUTS = 8192

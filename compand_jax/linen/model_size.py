@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from compand_jax.linen.sites import Site
+from compand_jax.layers.sites import Site
 from compand_jax.linen.summary import site_weight
 
 

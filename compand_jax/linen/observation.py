@@ -6,7 +6,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from compand_jax.linen.interception import Observer, intercept_layers, no_trace_from_before
+from compand_jax.layers.observation import Observer
+from compand_jax.linen.interception import intercept_layers
+from compand_jax.linen.traces import no_trace_from_before
 
 
 def observe_layers(

@@ -15,10 +15,11 @@ from jaxtyping import Array
 
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.layer_quantizer import LayerQuantizer
+from compand_jax.layers.sites import Site, check_rules, site_from_config
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
-from compand_jax.linen.interception import intercept_layers, layers_run, require_reached
-from compand_jax.linen.layer_quantizer import LayerQuantizer
+from compand_jax.linen.interception import intercept_layers
 from compand_jax.linen.model_calibration import (
     Observations,
     check_arguments,
@@ -28,7 +29,7 @@ from compand_jax.linen.model_calibration import (
     observed_sites,
 )
 from compand_jax.linen.observation import observe_layers
-from compand_jax.linen.sites import Site, check_rules, site_from_config
+from compand_jax.linen.reach import layers_run, require_reached
 from compand_jax.linen.summary import summarize
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par
-from compand_jax.linen.sites import Site
+from compand_jax.layers.sites import Site
 
 _HEADER = (
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from small_models import drawn, normal
 
-from compand_jax.linen.interception import Observer, intercept_layers
+from compand_jax.layers.observation import Observer
+from compand_jax.linen.interception import intercept_layers
 
 LAYERS = {
     "dense": (nn.Dense(5), (7, 3, 4)),

@@ -8,7 +8,7 @@ import pytest
 from small_models import drawn, normal, pull_back, quantize_by_hand
 
 import compand_jax as cj
-from compand_jax.linen import interception
+from compand_jax.linen import interception, reach
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the quantized model is not calibrated"  # its mu and scales are drawn at random here
@@ -143,10 +143,10 @@ def test_a_trace_made_in_quantizing_is_not_the_full_precision_models():
 @EACH_CACHED
 def test_a_site_that_is_not_reached_raises(name, known, monkeypatch):
     _, qmodel, variables, _, sites = cached(name)
-    interception._layers_run.cache_clear()
+    reach._layers_run.cache_clear()
     if known:  # which layers run has been found before
         qmodel.apply(variables, X)
-    monkeypatch.setattr(interception, "_trace_afresh", lambda *_: None)
+    monkeypatch.setattr(interception, "trace_afresh", lambda *_: None)
     missed = sites[:1] if name == "layer" else sites
     named = ", ".join(f"'{site}'" for site in missed)
     with pytest.raises(ValueError, match=rf"site {named} runs but was not quantized: a trace of"):

@@ -12,8 +12,10 @@ from flax.errors import ScopeParamShapeError
 from small_models import Net, ScaledConv, SetUp, Stack, Tokens, drawn, normal
 
 import compand_jax as cj
-from compand_jax.linen.interception import Observer, intercept_layers, layers_run
+from compand_jax.layers.observation import Observer
+from compand_jax.linen.interception import intercept_layers
 from compand_jax.linen.observation import observe_layers
+from compand_jax.linen.reach import layers_run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the quantized model is not calibrated"  # its mu and scales are drawn at random here

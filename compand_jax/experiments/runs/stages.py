@@ -13,8 +13,8 @@ from compand_jax.data.images import ImageData, augment, normalize
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig
 from compand_jax.experiments.runs.directory import read_config
 from compand_jax.layers.partition import partition_optimizer
+from compand_jax.layers.sites import sites_from_json, sites_to_json
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
-from compand_jax.linen.sites import sites_from_json, sites_to_json
 from compand_jax.models import create_model
 from compand_jax.models.torch_weights import import_state_dict, load_npz_state_dict
 from compand_jax.training.checkpoints import Checkpoints

@@ -24,7 +24,7 @@ from small_models import (
 
 import compand_jax as cj
 from compand_jax.layers.parametrization import mu_from_theta
-from compand_jax.linen.sites import sites_from_json, sites_to_json
+from compand_jax.layers.sites import sites_from_json, sites_to_json
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the quantized model is not calibrated"  # these draw their mu and scales

@@ -11,8 +11,8 @@ from jaxtyping import Array
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.linen.interception import Layer
-from compand_jax.linen.sites import Site
+from compand_jax.layers.observation import Layer
+from compand_jax.layers.sites import Site
 
 
 class LayerQuantizer:

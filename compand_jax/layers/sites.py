@@ -10,7 +10,7 @@ from typing import Any
 
 from compand_jax.core.codebooks import Spec, check_spec
 from compand_jax.layers.config import QuantConfig
-from compand_jax.linen.interception import Observer
+from compand_jax.layers.observation import Observer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""What a visitor of layers is told of one, and the visitor that records what it sees."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax.core.tracers import current_trace
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array
+
+from compand_jax.layers.unrolling import Unrolling
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What a visitor is told about a layer.
+
+    Attributes:
+      site: its name.
+      channel_axes: the weight's output axes, from the end.
+      unrolling: how it is a matrix product, or None where it is not known to be one.
+    """
+
+    site: str
+    channel_axes: tuple[int, ...]
+    unrolling: Unrolling | None = None
+
+
+class Observer:
+    """A visitor that changes nothing and records, per site, what is computed from its tensors.
+
+    Args:
+      activation: Called with an activation; what it returns (a tree of arrays) is recorded.
+      weight: Called with a weight, likewise.
+      moments: Called with a layer, its input and its weight, likewise; None is not recorded.
+      at_output: Whether a site's activation is its output, instead of its input.
+
+    Values of the trace that the observer was made in are kept as they are, in `traced`, for the
+    function that it is in to return. Inside scan, vmap and remat they belong to an inner trace:
+    they go through a callback to `called_back`, as host arrays, complete after
+    `jax.effects_barrier()`. Only `observe_layers` knows which of the inner traces are run.
+    """
+
+    def __init__(
+        self,
+        *,
+        activation: Callable[[Array], Any] | None = None,
+        weight: Callable[[Array], Any] | None = None,
+        moments: Callable[[Layer, Array, Array], Any] | None = None,
+        at_output: bool = False,
+    ) -> None:
+        self._functions = {"activation": activation, "weight": weight}
+        self._moments = moments
+        self._at_output = at_output
+        self._trace = current_trace()
+        self.layers: dict[str, Layer] = {}
+        self.weight_shapes: dict[str, tuple[int, ...]] = {}
+        self.activations: set[str] = set()
+        self.last_site: str | None = None
+        kinds = ("activation", "weight", "moments")
+        self.traced: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
+        self.called_back: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
+        # Inner traces' values in the order that they come in: those that call back, by name, or
+        # None where each is marked by its name instead.
+        self.run_names: frozenset[str] | None = None
+        self._inner_names = map("compand_jax value {}".format, itertools.count())
+        self._marked: list[Array] = []
+
+    def operands(
+        self, layer: Layer, activation: Array | None, weight: Array
+    ) -> tuple[Array | None, Array]:
+        """Records the layer, its weight and, unless it is taken at the output, its input."""
+        self.layers.setdefault(layer.site, layer)
+        self.weight_shapes.setdefault(layer.site, weight.shape)
+        self.last_site = layer.site
+        self._compute("weight", layer.site, weight)
+        if activation is not None and not self._at_output:
+            self._compute("activation", layer.site, activation)
+        if activation is not None and self._moments is not None:
+            self._record("moments", layer.site, self._moments(layer, activation, weight))
+        return activation, weight
+
+    def output(self, layer: Layer, output: Array) -> Array:
+        """Records the layer's output, where activations are taken there."""
+        if self._at_output:
+            self._compute("activation", layer.site, output)
+        return output
+
+    def values(self, what: str, site: str) -> list:
+        """Returns what was recorded of a site's "activation", "weight" or "moments"."""
+        return self.traced[what].get(site, []) + self.called_back[what].get(site, [])
+
+    def _compute(self, what: str, site: str, x: Array) -> None:
+        if what == "activation":
+            self.activations.add(site)
+        if (function := self._functions[what]) is not None:
+            self._record(what, site, function(x))
+
+    def _record(self, what: str, site: str, value: Any) -> None:
+        if value is None:
+            return
+        if current_trace() == self._trace:
+            values = self.traced[what].setdefault(site, [])
+            if what == "weight":  # the same in every call, but that WeightNorm's init has a raw one
+                values.clear()
+            values.append(value)
+            return
+        name, values = next(self._inner_names), self.called_back[what].setdefault(site, [])
+        if self.run_names is None:  # jax drops of a trace what nobody holds
+            self._marked.append(checkpoint_name(jax.tree.leaves(value)[0], name))
+        elif name in self.run_names:
+            jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
