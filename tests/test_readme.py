@@ -1,5 +1,6 @@
 """README and pages: code runs, commands parse, links resolve, tables are those of the records."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -141,6 +142,20 @@ def test_commands_parse(command):
         if name == "study":
             cells = study_cells(options.preset)
             assert 0 < len(shard(cells, options.shard)) <= len(cells)
+
+
+SCRIPTS = [path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "command_line"]
+
+
+def test_options_named_in_a_text_exist():
+    others = {"train": RunConfig, "ptq": PostTrainingConfig}
+    kinds = [others.get(name) or importlib.import_module(name).Args for name in SCRIPTS]
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    known = {f"--{name.replace('_', '-')}" for name in names} | {"--help"}
+    for page in PAGES:
+        spans = re.findall(r"`([^`\n]+)`", prose(page))
+        ours = " ".join(span for span in spans if not span.startswith("pip "))
+        assert set(re.findall(r"--[a-z][a-z-]+", ours)) - known == set(), page
 
 
 def test_studies_are_named_and_have_a_block():
