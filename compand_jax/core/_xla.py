@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -111,13 +110,19 @@ def sum_both(a: Array, b: Array, a_shape: tuple, b_shape: tuple) -> tuple[Array,
     axes = tuple(
         i for i in range(a.ndim) if all(not shape or shape[i] == 1 for shape in (a_shape, b_shape))
     )
-    if jax.default_backend() == "cpu":
+
+    def on_cpu(a: Array, b: Array) -> tuple[Array, Array]:
         # XLA's CPU backend adds complex numbers in vectors, but pairs of numbers one by one.
         both = jnp.sum(lax.complex(a, b), axes)
-        sums = both.real, both.imag
-    else:
+        return both.real, both.imag
+
+    def elsewhere(a: Array, b: Array) -> tuple[Array, Array]:
         zero = jnp.zeros((), a.dtype)
         sums = lax.reduce((a, b), (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]), axes)
+        return tuple(sums)
+
+    # When it is lowered, not here: a function exported on a CPU may run elsewhere.
+    sums = lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
     a_sum, b_sum = (jnp.expand_dims(x, axes) for x in sums)
     return _sum_to(a_sum, a_shape), _sum_to(b_sum, b_shape)
 

@@ -5,7 +5,6 @@ off even in full precision.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 
@@ -13,7 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from compand_jax.data.images import ImageData, augment, normalize
+from compand_jax.data.augmentation import augment
+from compand_jax.data.images import ImageData, normalize
 
 BATCH_SIZE = 256
 
@@ -29,6 +29,7 @@ class CalibrationImages:
       flip: whether images are mirrored at random.
       mean: per channel, of pixels in [0, 1].
       std: per channel, of pixels in [0, 1].
+      batch_size: most images of a batch; batches are of nearly equal size.
     """
 
     images: np.ndarray
@@ -37,22 +38,22 @@ class CalibrationImages:
     flip: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    batch_size: int = BATCH_SIZE
 
     def __iter__(self) -> Iterator[Array]:
-        """Yields [b, h, w, c], in batches of nearly equal size, of at most `BATCH_SIZE`."""
-        count = math.ceil(len(self.images) / BATCH_SIZE)
+        """Yields batches [b, h, w, c]."""
+        count = math.ceil(len(self.images) / self.batch_size)
         for i, images in enumerate(np.array_split(self.images, count)):
             key = jax.random.fold_in(self.key, i)
-            yield _prepared(key, images, self.pad, self.flip, self.mean, self.std)
+            images = _augment(key, images, pad=self.pad, flip=self.flip)
+            yield normalize(images, self.mean, self.std)
 
     def first(self, count: int) -> "CalibrationImages":
         """Returns the calibration images with the first `count` of them."""
         return dataclasses.replace(self, images=self.images[:count])
 
 
-@functools.partial(jax.jit, static_argnames=("pad", "flip", "mean", "std"))
-def _prepared(key, images, pad, flip, mean, std):
-    return normalize(augment(key, images, pad=pad, flip=flip), mean, std)
+_augment = jax.jit(augment, static_argnames=("pad", "flip"))
 
 
 def choose_calibration_images(
@@ -69,5 +70,30 @@ def choose_calibration_images(
             f"{count}: calibration needs some, such as 2048"
         )
     order_key, key = jax.random.split(jax.random.key(seed))
-    rows = jax.device_get(jax.random.permutation(order_key, len(data.train_images))[:count])
-    return CalibrationImages(data.train_images[rows], key, pad, flip, data.mean, data.std)
+    return sample_training_images(data, count, order_key, key, pad=pad, flip=flip)
+
+
+def sample_training_images(
+    data: ImageData,
+    count: int,
+    order_key: Array,
+    key: Array,
+    *,
+    pad: int,
+    flip: bool,
+    batch_size: int = BATCH_SIZE,
+) -> CalibrationImages:
+    """Returns training images in a random order; more than there are go through them again.
+
+    Args:
+      data: whose training images.
+      count: how many.
+      order_key: PRNG key of the order.
+      key: PRNG key of the augmentation, each batch's its own.
+      pad: as `CalibrationImages`.
+      flip: as `CalibrationImages`.
+      batch_size: as `CalibrationImages`.
+    """
+    order = jax.device_get(jax.random.permutation(order_key, len(data.train_images)))
+    images = data.train_images[order[np.arange(count) % len(order)]]
+    return CalibrationImages(images, key, pad, flip, data.mean, data.std, batch_size)

@@ -14,7 +14,7 @@ from compand_jax.models.layers import BLOCK_ORDERS as BLOCK_ORDERS
 from compand_jax.models.layers import check_choice
 from compand_jax.models.resnet import ResNet as ResNet
 from compand_jax.models.vgg import VGG as VGG
-from compand_jax.models.vgg_small import VGGSmall as VGGSmall
+from compand_jax.models.vgg import VGGSmall as VGGSmall
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {

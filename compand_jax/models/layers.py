@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from compand_jax.models.small_map_conv import conv_general_dilated
+from compand_jax.models.cpu_conv import conv_general_dilated
 
 BLOCK_ORDERS = ("conv_norm_act", "norm_act_conv")
 NORMS = ("none", "batch")

@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,16 @@ from compand_jax.models.alexnet import CONVS
 from compand_jax.models.resnet import FEATURES
 from compand_jax.models.vgg import BLOCKS
 
+# Mean and std that the public networks were trained with, by the first letters of the model's name:
+# those of https://github.com/akamaster/pytorch_resnet_cifar10 (trainer.py), and of
+# https://github.com/bearpaw/pytorch-classification (cifar.py).
+NORMALIZATIONS = MappingProxyType(
+    {
+        "resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "alexnet": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        "vgg": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    }
+)
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",

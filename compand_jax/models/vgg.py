@@ -1,4 +1,4 @@
-"""VGG with batch norm, for 32x32 images."""
+"""VGG with batch norm and VGG-Small, for 32x32 images."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from compand_jax.models.layers import ConvSpec, check_choice, classify, conv_sta
 FEATURES = (64, 128, 256, 512, 512)
 # How many convolutions each of the five blocks has.
 BLOCKS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+SMALL_CONVS = tuple(
+    ConvSpec(features, pool=pool) for features in (128, 256, 512) for pool in (False, True)
+)
 
 
 class VGG(nn.Module):
@@ -55,3 +58,38 @@ def _convs(depth: int) -> list[ConvSpec]:
         for features, count in zip(FEATURES, BLOCKS[depth], strict=True)
         for i in range(count)
     ]
+
+
+class VGGSmall(nn.Module):
+    """The VGG of the low-bit literature: six 3x3 convolutions with batch norm, and one dense layer.
+
+    Two have 128, two 256, two 512 features; a 2x2 max pool ends each pair. 4,660,106 parameters
+    with ten classes.
+
+    Attributes:
+      num_classes: number of logits.
+      block_order: "conv_norm_act" or "norm_act_conv"; see `compand_jax.models.layers`.
+      dtype: of the computation; parameters are float32.
+
+    Source: Zhang et al., "LQ-Nets", ECCV 2018, arXiv 1807.10029, section 5.1; after the network of
+    Courbariaux et al., "BinaryConnect", NeurIPS 2015, with one dense layer instead of three.
+    """
+
+    num_classes: int = 10
+    block_order: str = "conv_norm_act"
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch h w c"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns float32 logits [batch, num_classes] of normalized images x [batch, h, w, c]."""
+        x = conv_stack(
+            x,
+            SMALL_CONVS,
+            norm="batch",
+            block_order=self.block_order,
+            dtype=self.dtype,
+            train=train,
+        )
+        return classify(x, self.num_classes, self.dtype)

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from compand_jax.data.images import ImageData, augment, normalize
+from compand_jax.data.augmentation import augment
+from compand_jax.data.images import ImageData, normalize
 from compand_jax.data.packages import needed_for
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import data_mesh, everywhere, is_main, replicate, split

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -277,3 +278,15 @@ def test_one_mu_shared_by_a_vmapped_stack_gets_the_sum(case):
     exact = oracle.gradients(np.asarray(x), 5.0, oracle.exact(SCALE), *case)
     check_sum(in_mu, exact[1] * cotangent)
     check_sum(in_scale, exact[2] * cotangent)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("platform", "by_complex"), [("cpu", True), ("cuda", False)])
+def test_how_gradients_are_summed_depends_on_where_they_run(platform, by_complex):
+    """And not on where they are traced: a CPU, here."""
+    arguments = (*(jax.ShapeDtypeStruct(s, np.float32) for s in ((64, 3), (), (1, 3))),)
+    pull_back = gradient_function((4, True, "midtread"))
+    exported = jax.export.export(pull_back, platforms=[platform])(*arguments, arguments[0])
+    text = exported.mlir_module()
+    assert ("complex<f32>" in text) == by_complex
+    assert "stablehlo.reduce" in text

@@ -13,9 +13,9 @@ from jax import lax
 from small_models import QUICKLY
 
 from compand_jax.models import BLOCK_ORDERS, MODELS, AlexNet, ResNet, create_model
+from compand_jax.models.cpu_conv import conv_general_dilated, plain_convolutions
 from compand_jax.models.layers import ConvSpec, conv_stack, max_pool
 from compand_jax.models.resnet import shortcut
-from compand_jax.models.small_map_conv import conv_general_dilated, plain_convolutions
 
 # Sources: bearpaw/pytorch-classification (AlexNet 2.47M, VGG19 with batch norm 20.04M); for
 # ResNets He et al., table 6 (0.27M, 0.46M, 0.66M, 0.85M), counted by akamaster's repository.

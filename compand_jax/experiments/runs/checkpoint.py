@@ -16,18 +16,12 @@ from compand_jax.experiments.runs.config import FULL_PRECISION
 from compand_jax.experiments.runs.directory import read_config
 from compand_jax.experiments.runs.stages import finished
 from compand_jax.models import create_model
-from compand_jax.models.torch_weights import import_state_dict, load_npz_state_dict
-
-# Mean and std that the networks of `import_state_dict`'s sources were trained with, by the first
-# letters of the model's name: those of https://github.com/akamaster/pytorch_resnet_cifar10
-# (trainer.py), and of https://github.com/bearpaw/pytorch-classification (cifar.py).
-NORMALIZATIONS = MappingProxyType(
-    {
-        "resnet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        "alexnet": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        "vgg": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    }
+from compand_jax.models.torch_weights import (
+    NORMALIZATIONS,
+    import_state_dict,
+    load_npz_state_dict,
 )
+
 # What they were trained on, and its classes; images are [32, 32, 3].
 _CLASSES = MappingProxyType({"cifar10": 10, "cifar100": 100})
 _CHANNELS = 3

@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.export
 
-from compand_jax.models.small_map_conv import plain_convolutions
+from compand_jax.models.cpu_conv import plain_convolutions
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -32,9 +32,7 @@ def to_stablehlo(
     return bytes(exported.serialize())
 
 
-def to_onnx(
-    function: Callable[[jax.Array], jax.Array], shape: Sequence[int], dtype: Any
-) -> bytes:
+def to_onnx(function: Callable[[jax.Array], jax.Array], shape: Sequence[int], dtype: Any) -> bytes:
     """Returns a function of a batch as an ONNX model, by jax2onnx (Apache-2.0).
 
     Args:

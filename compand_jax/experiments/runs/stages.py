@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from compand_jax.data.images import ImageData, augment, normalize
+from compand_jax.data.calibration_images import sample_training_images
+from compand_jax.data.images import ImageData, normalize
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig
 from compand_jax.experiments.runs.directory import read_config
 from compand_jax.layers.partition import partition_optimizer
@@ -163,13 +163,17 @@ def calibration_batches(
     config: RunConfig, data: ImageData, key: jax.Array
 ) -> Iterator[tuple[jax.Array]]:
     """Yields the run's number of calibration batches: training images, augmented as in training."""
-    order = jax.random.permutation(key, len(data.train_labels))
-    for i in range(config.calibration_batches):
-        # More batches than the split has go through it again, augmented anew.
-        places = jnp.arange(i * config.batch_size, (i + 1) * config.batch_size) % len(order)
-        images = data.train_images[jax.device_get(order[places])]
-        images = augment(jax.random.fold_in(key, i), images, pad=config.pad, flip=config.flip)
-        yield (normalize(images, data.mean, data.std),)
+    images = sample_training_images(
+        data,
+        config.calibration_batches * config.batch_size,
+        key,
+        key,
+        pad=config.pad,
+        flip=config.flip,
+        batch_size=config.batch_size,
+    )
+    for batch in images:
+        yield (batch,)
 
 
 def count_correct(config: RunConfig, data: ImageData, model: Any, variables: Mapping) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from compand_jax.experiments.runs.checkpoint import NORMALIZATIONS
 from compand_jax.experiments.runs.config import CONTROL, METHODS, RunConfig, preset
 from compand_jax.layers.config import QuantConfig, Rule
 from compand_jax.models import BLOCK_ORDERS
+from compand_jax.models.torch_weights import NORMALIZATIONS
 
 FIRST_ORDER, SECOND_ORDER = BLOCK_ORDERS
 PER_LAYER = "mu_law-per_layer"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compand_jax.models.small_map_conv import conv_general_dilated
-from compand_jax.models.strided_conv import space_to_depth_conv, strided_conv
+from compand_jax.models.cpu_conv import conv_general_dilated, space_to_depth_conv, strided_conv
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CASES = [  # height and width, kernel, stride, padding
