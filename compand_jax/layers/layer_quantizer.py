@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
@@ -58,11 +59,15 @@ class LayerQuantizer:
                 f"were made without running site {name!r}; init or calibrate with this method"
             )
         mu, scale = parameters
-        spec = site.spec(operand)
-        if config.scale_gradient == "lsq":
-            factor = 1 / math.sqrt(x.size * spec.steps)
-            scale = jnp.asarray(_scale_gradient(scale, factor))
-        return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
+        return quantize_operand(x, mu, scale, site.spec(operand), config.scale_gradient)
+
+
+def quantize_operand(x: Array, mu: Array, scale: Array, spec: Spec, scale_gradient: str) -> Array:
+    """Returns what a layer multiplies in place of x, with the scale's gradient as configured."""
+    if scale_gradient == "lsq":
+        factor = 1 / math.sqrt(x.size * spec.steps)
+        scale = jnp.asarray(_scale_gradient(scale, factor))
+    return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

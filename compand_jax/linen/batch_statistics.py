@@ -17,13 +17,19 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.core.scope import DenyList
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from compand_jax.layers.batches import count_examples, each_batch
 
+# What a model may change while it runs, and calibration throws away.
+CHANGEABLE = DenyList(("params",))
+
 _COUNT = "examples_counted"
 # Other than a subclass's or a lifted class's, which call it in the end.
 _BATCH_NORM = nn.BatchNorm.__call__.__wrapped__
+# The devices of a mapped axis see a part of a batch each; here is the whole of it.
+_ALONE = {"axis_name": None, "axis_index_groups": None}
 
 
 def estimate_batch_stats(
@@ -43,10 +49,13 @@ def estimate_batch_stats(
     # In the shape of the mean, and so divided among a stack's layers as it is.
     means = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "mean"}
     counts = {(*module, _COUNT): jnp.zeros_like(mean) for module, mean in means.items()}
-    stats = unflatten_dict({**flat, **counts})
+    given, stats = flat, {**flat, **counts}
     for args in each_batch(batches):
-        stats = update({**variables, "batch_stats": stats}, args)
-    flat = {path: leaf for path, leaf in dict(flatten_dict(stats)).items() if path not in counts}
+        updated = update({**variables, "batch_stats": unflatten_dict(stats)}, args)
+        # What else is kept there, such as spectral norms' vectors, stays as it was.
+        norms = {path: leaf for path, leaf in flatten_dict(updated).items() if path[:-1] in means}
+        stats |= norms
+    flat = {path: stats[path] for path in given}
     bad = ["/".join(path) for path, leaf in flat.items() if not np.all(np.isfinite(leaf))]
     if bad:
         raise ValueError(
@@ -61,7 +70,7 @@ def update_batch_stats(
 ) -> Any:
     """Returns `batch_stats` and counts after one batch more; all else runs as it is called."""
     with nn.intercept_methods(_count(count_examples(args))):
-        _, updates = apply(variables, *args, mutable=["batch_stats"], **model_kwargs)
+        _, updates = apply(variables, *args, mutable=CHANGEABLE, **model_kwargs)
     return updates["batch_stats"]
 
 
@@ -76,10 +85,18 @@ def _count(examples: int) -> Callable:
         module.put_variable("batch_stats", _COUNT, counted + examples)
         # Theirs is s <- m s + (1 - m) b.
         momentum = counted / (counted + examples)
-        with _fields_set(module, use_running_average=None, momentum=momentum):
+        with _fields_set(module, use_running_average=None, momentum=momentum, **_ALONE):
             return next_fun(*args[:1], **{**kwargs, "use_running_average": False})
 
     return interceptor
+
+
+def whole_batches(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """Intercepts batch norms: their statistics are those of the batch, without a mapped axis."""
+    if context.orig_method.func is not _BATCH_NORM:
+        return next_fun(*args, **kwargs)
+    with _fields_set(context.module, **_ALONE):
+        return next_fun(*args, **kwargs)
 
 
 @contextlib.contextmanager

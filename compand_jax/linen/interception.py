@@ -75,6 +75,7 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
       The model to call `init` or `apply` of: what `nn.jit` traced outside of this context is not
       used in it, nor the reverse.
     """
+
     def clone(**kwargs: Any) -> nn.Module:
         if isinstance(scope := kwargs.get("parent"), Scope):
             trace_afresh(scope)

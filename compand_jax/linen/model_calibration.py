@@ -32,6 +32,7 @@ from compand_jax.layers.config import QuantConfig, require_choice
 from compand_jax.layers.observation import Layer, Observer
 from compand_jax.layers.sites import Site, check_signs, sites_from_observers
 from compand_jax.layers.unrolling import Unrolling
+from compand_jax.linen.batch_statistics import CHANGEABLE, whole_batches
 from compand_jax.linen.observation import observe_layers
 
 # A float32 matrix of second moments of so many inputs takes 256 MB.
@@ -133,12 +134,13 @@ def observe(
             moments=_moments if moments else None,
             at_output=at_output,
         )
-        observer, _ = observe_layers(
-            model,
-            make_observer,
-            # In training batch norms update their statistics, of which nothing is kept.
-            lambda model: model.apply(variables, *args, mutable=["batch_stats"], **model_kwargs),
-        )
+        with nn.intercept_methods(whole_batches):
+            observer, _ = observe_layers(
+                model,
+                make_observer,
+                # Statistics, caches and averages may change, of which nothing is kept.
+                lambda model: model.apply(variables, *args, mutable=CHANGEABLE, **model_kwargs),
+            )
         seen.observers.append(observer)
         return observer.traced, all_finite(args)
 

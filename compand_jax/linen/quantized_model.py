@@ -169,7 +169,9 @@ class QuantizedModel:
             afterwards, under quantization, as the mean over the batches, each weighing as many
             examples as it has. The batches are then gone through twice, and kept in memory if
             they are an iterator.
-          **model_kwargs: Further arguments of the model's `apply`, such as `train=False`.
+          **model_kwargs: Further arguments of the model's `apply`, such as `train=False`. All
+            collections but "params" may change while the model runs, whatever `mutable` says, and
+            are returned as they were; every batch starts from them.
 
         Raises:
           TypeError: `batches` is an array, or this is called under `jax.jit`.
@@ -182,6 +184,7 @@ class QuantizedModel:
         """
         check_arguments(calibration, percentile, mu)
         rest = {name: value for name, value in variables.items() if name != "compand"}
+        model_kwargs.pop("mutable", None)
         if batch_stats and isinstance(batches, Iterator):
             batches = list(batches)
         seen = observe(

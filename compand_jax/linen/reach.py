@@ -47,14 +47,15 @@ def layers_run(
 def _layers_run(model: nn.Module, structure: Any, signature: tuple, mutable: Any) -> set[str]:
     arrays = [leaf for leaf in signature if isinstance(leaf, jax.ShapeDtypeStruct)]
 
-    def call(arrays: list, observer: Observer) -> Any:
+    def call(arrays: list, observer: Observer) -> None:
         values = iter(arrays)
         leaves = [
             next(values) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in signature
         ]
         variables, args, kwargs = jax.tree.unflatten(structure, leaves)
         with intercept_layers(model, observer) as intercepted:
-            return intercepted.apply(variables, *args, mutable=mutable, **kwargs)
+            # What it returns is not looked at, and need not be arrays.
+            intercepted.apply(variables, *args, mutable=mutable, **kwargs)
 
     observers = Observer(), Observer()
     with no_trace_from_before():
