@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from compand_jax.data.images import ImageData, pixel_statistics
+from compand_jax.experiments.ptq.settings import Setting
 from compand_jax.experiments.runs import run as experiments
 from compand_jax.experiments.runs import stages
 from compand_jax.experiments.runs.config import RunConfig
+from compand_jax.layers.config import QuantConfig
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 CLASSES = 3
@@ -107,3 +109,8 @@ def snapshot(directory: Path) -> dict[str, bytes]:
 
 def replace(config: RunConfig, **fields) -> RunConfig:
     return dataclasses.replace(config, **fields)
+
+
+def quantized_to(weight_bits: int, act_bits: int | None = None, **fields) -> Setting:
+    """A setting of post-training quantization, by its fields and those of its configuration."""
+    return Setting(QuantConfig()).changed(weight_bits=weight_bits, act_bits=act_bits, **fields)

@@ -17,7 +17,6 @@ section 3.2, for the measure and its additivity; Yao et al., "HAWQ-V3: dyadic ne
 quantization", ICML 2021, arXiv 2011.10680, for the integer program.
 """
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -174,13 +173,13 @@ def at_bits(setting: Setting, bits: int) -> Setting:
 
     mu has nothing to move among three levels; the midrise grid has a fourth.
     """
-    return dataclasses.replace(setting, weight_bits=bits, grid=_grid(bits))
+    return setting.changed(weight_bits=bits, grid=_grid(bits))
 
 
 def mixed_bits(setting: Setting, bits: Mapping[str, int]) -> Setting:
     """Returns the setting with bits of its own for each site, on grids as `at_bits` gives them."""
     rules = [Rule(re.escape(site), weight_bits=n, grid=_grid(n)) for site, n in bits.items()]
-    return dataclasses.replace(setting, rules=tuple(rules))
+    return setting.changed(rules=tuple(rules))
 
 
 def _grid(bits: int) -> str:

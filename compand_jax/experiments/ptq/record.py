@@ -1,6 +1,5 @@
 """The record of a post-training quantization run: JSON, and CSV, Markdown and pictures of it."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,6 @@ from compand_jax.experiments.ptq.tables import (
 )
 from compand_jax.experiments.records import make_writable, write_json, write_text
 from compand_jax.experiments.text import to_csv
-from compand_jax.layers.config import Rule
 
 
 def open_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,8 +81,8 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def _read_all(record: Mapping[str, Any]) -> None:
     """Raises what comes of it where something that a run goes on from, or writes, is missing."""
     document(record)
-    for setting in results_by_setting(record["rows"]):
-        _ = setting.config, record["full_precision"]["accuracy"]
+    if results_by_setting(record["rows"]):
+        _ = record["full_precision"]["accuracy"]
     for part in ("divergences", "sensitivity"):
         for row in record[part]:
             _ = record["sites"][row["site"]] + row["weight_bits"]
@@ -94,13 +92,7 @@ def _read_all(record: Mapping[str, Any]) -> None:
 
 def results_by_setting(rows: Iterable[Mapping[str, Any]]) -> dict[Setting, Mapping[str, Any]]:
     """Returns rows of a record by their setting."""
-    names = [field.name for field in dataclasses.fields(Setting)]
-    found = {}
-    for row in rows:
-        fields = {name: row[name] for name in names}
-        fields["rules"] = tuple(Rule(**rule) for rule in fields["rules"])
-        found[Setting(**fields)] = row
-    return found
+    return {Setting.from_row(row): row for row in rows}
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> str:

@@ -264,7 +264,7 @@ class _Run:
         def row(item: tuple[str, int]) -> dict:
             site, count = item
             fields = {"site": site, "weights": counts[site], "weight_bits": count}
-            fields["grid"] = settings[count].grid
+            fields["grid"] = settings[count].quant.grid
             return fields | measure(losses, quantized[count], site)
 
         self._map(part, missing, row)

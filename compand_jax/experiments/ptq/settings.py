@@ -30,6 +30,7 @@ from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 from compand_jax.training.steps import Model, evaluate
 
 _MODEL_KWARGS = {"train": False}
+_VARIED = ("weight_bits", "act_bits", "quantizer", "weight_granularity", "grid", "mu_scope")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,35 +38,42 @@ class Setting:
     """How a trained network is quantized: a row of a table.
 
     Attributes:
-      weight_bits: bits per weight, 1 to 8.
-      act_bits: bits per activation, 1 to 8; None is full precision.
-      quantizer: "mu_law" or "uniform".
-      weight_granularity: "tensor" or "channel".
-      grid: the weights', "midtread" or "midrise".
-      mu_scope: "single", "separate" or "per_layer".
+      quant: the quantized model's configuration.
       calibration: as `QuantizedModel.calibrate`.
       error_feedback: as `QuantizedModel.calibrate`.
       batch_stats: as `QuantizedModel.calibrate`.
-      rules: exceptions by site.
     """
 
-    weight_bits: int
-    act_bits: int | None = None
-    quantizer: str = "mu_law"
-    weight_granularity: str = "tensor"
-    grid: str = "midtread"
-    mu_scope: str = "per_layer"
+    quant: QuantConfig
     calibration: str = "mse"
     error_feedback: bool = False
     batch_stats: bool = True
-    rules: tuple[Rule, ...] = ()
 
-    @property
-    def config(self) -> QuantConfig:
-        """The quantized model's configuration; ValueError if a field is out of its range."""
-        names = {field.name for field in dataclasses.fields(QuantConfig)}
-        fields = {name: value for name, value in vars(self).items() if name in names}
-        return QuantConfig(**fields)
+    def changed(self, **fields: Any) -> "Setting":
+        """Returns the setting with some fields, its own or those of `quant`, changed."""
+        own = {name: fields.pop(name) for name in vars(self).keys() & fields.keys()}
+        return dataclasses.replace(self, quant=dataclasses.replace(self.quant, **fields), **own)
+
+    def to_row(self) -> dict[str, Any]:
+        """Returns the fields as a record has them: those of `quant` that tables vary, the others.
+
+        Raises:
+          ValueError: another field of `quant` is not as it is by default.
+        """
+        quant = dataclasses.asdict(self.quant)
+        row = {name: quant[name] for name in _VARIED}
+        row |= {name: value for name, value in vars(self).items() if name != "quant"}
+        row["rules"] = quant["rules"]
+        if Setting.from_row(row) != self:
+            raise ValueError(f"`quant` must vary in {', '.join(_VARIED)} and rules alone")
+        return row
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> "Setting":
+        """Returns the setting of a record's row, which may have other entries too."""
+        rules = tuple(Rule(**rule) for rule in row["rules"])
+        quant = QuantConfig(**{name: row[name] for name in _VARIED}, rules=rules)
+        return cls(quant, row["calibration"], row["error_feedback"], row["batch_stats"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +134,7 @@ def quantize_network(
     network: TrainedNetwork, setting: Setting
 ) -> tuple[QuantizedModel, dict[str, Any]]:
     """Returns the network calibrated as the setting says, all but its batch-norm statistics."""
-    return quantize_model(network.model, setting.config).calibrate_from(
+    return quantize_model(network.model, setting.quant).calibrate_from(
         network.seen,
         network.variables,
         calibration=setting.calibration,
@@ -218,7 +226,7 @@ def evaluate_setting(network: TrainedNetwork, setting: Setting) -> dict[str, Any
     variables = jax.block_until_ready(variables)
     calibrated_at = time.perf_counter()
     correct, total = count_correct(network, model, variables), len(network.data.test_labels)
-    return dataclasses.asdict(setting) | {
+    return setting.to_row() | {
         "accuracy": 100 * correct / total,
         "correct": correct,
         "total": total,

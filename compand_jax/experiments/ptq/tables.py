@@ -12,7 +12,7 @@ from compand_jax.calibration.fit import CALIBRATIONS
 from compand_jax.experiments.ptq.bit_allocation import at_bits
 from compand_jax.experiments.ptq.settings import Setting
 from compand_jax.experiments.text import markdown_table, size_text
-from compand_jax.layers.config import MU_SCOPES
+from compand_jax.layers.config import MU_SCOPES, QuantConfig
 
 Results = Mapping[Setting, Mapping[str, Any]]
 
@@ -47,11 +47,11 @@ class Table:
         return [setting for _, row in self.rows for setting in self._of(row)]
 
     def _of(self, row: Setting) -> list[Setting]:
-        settings = [dataclasses.replace(row, **fields) for fields in self.columns.values()]
+        settings = [row.changed(**fields) for fields in self.columns.values()]
         # One mu for everything is one for all weights, where activations have none.
         return [
-            dataclasses.replace(one, mu_scope="separate")
-            if one.mu_scope == "single" and one.act_bits is None
+            one.changed(mu_scope="separate")
+            if one.quant.mu_scope == "single" and one.quant.act_bits is None
             else one
             for one in settings
         ]
@@ -68,13 +68,8 @@ class Table:
 
 def base_setting(calibration: str, error_feedback: bool, batch_stats: bool) -> Setting:
     """Returns the setting that the tables vary."""
-    return Setting(
-        weight_bits=4,
-        weight_granularity="channel",
-        calibration=calibration,
-        error_feedback=error_feedback,
-        batch_stats=batch_stats,
-    )
+    quant = QuantConfig(weight_bits=4, act_bits=None, weight_granularity="channel")
+    return Setting(quant, calibration, error_feedback, batch_stats)
 
 
 def tables(base: Setting, bits: Sequence[int]) -> list[Table]:
@@ -97,7 +92,7 @@ def _main(base: Setting, bits: Sequence[int]) -> Table:
             act_bits = count if with_acts else None
             for grid in ("midtread", "midrise") if count == 2 else ("midtread",):
                 fields = {"weight_bits": count, "act_bits": act_bits, "grid": grid}
-                setting = dataclasses.replace(base, **fields)
+                setting = base.changed(**fields)
                 rows.append(((_bits(setting), grid), setting))
     columns = {
         f"{quantizer}, {granularity}": {**fields, **own}
@@ -116,7 +111,7 @@ def _main(base: Setting, bits: Sequence[int]) -> Table:
 
 def _calibrations(base: Setting, bits: Sequence[int]) -> Table:
     settings = [at_bits(base, count) for count in bits]
-    settings += [dataclasses.replace(one, act_bits=one.weight_bits) for one in settings[-1:]]
+    settings += [one.changed(act_bits=one.quant.weight_bits) for one in settings[-1:]]
     return Table(
         "Calibrations",
         f"One scale per channel; {_described(base, calibration=False)}.",
@@ -127,7 +122,7 @@ def _calibrations(base: Setting, bits: Sequence[int]) -> Table:
 
 
 def _scopes(base: Setting, bits: Sequence[int]) -> Table:
-    settings = [dataclasses.replace(at_bits(base, count), act_bits=act_bits)
+    settings = [at_bits(base, count).changed(act_bits=act_bits)
                 for count in bits for act_bits in (None, count)]  # fmt: skip
     return Table(
         "mu scopes",
@@ -160,7 +155,7 @@ def _feedback(base: Setting, bits: Sequence[int]) -> Table:
 
 def _batch_stats(base: Setting, bits: Sequence[int]) -> Table:
     rows = [
-        ((_bits(setting), label), dataclasses.replace(setting, **fields))
+        ((_bits(setting), label), setting.changed(**fields))
         for setting in (at_bits(base, count) for count in bits)
         for label, fields in _GRANULARITIES.items()
     ]
@@ -184,14 +179,14 @@ def _batch_stats(base: Setting, bits: Sequence[int]) -> Table:
 
 def _by_quantizer(settings: Iterable[Setting]) -> tuple[tuple[tuple[str, ...], Setting], ...]:
     return tuple(
-        ((_bits(setting), label), dataclasses.replace(setting, **fields))
+        ((_bits(setting), label), setting.changed(**fields))
         for setting in settings
         for label, fields in _QUANTIZERS.items()
     )
 
 
 def _bits(setting: Setting) -> str:
-    return f"{setting.weight_bits}/{setting.act_bits or 32}"
+    return f"{setting.quant.weight_bits}/{setting.quant.act_bits or 32}"
 
 
 def _described(base: Setting, *, calibration: bool = True, batch_stats: bool = True) -> str:
@@ -208,8 +203,8 @@ def lead_text(results: Results) -> str:
     points = [
         100 * (found["correct"] - results[twin]["correct"]) / found["total"]
         for setting, found in results.items()
-        if setting.quantizer == "mu_law"
-        and (twin := dataclasses.replace(setting, quantizer="uniform")) in results
+        if setting.quant.quantizer == "mu_law"
+        and (twin := setting.changed(quantizer="uniform")) in results
     ]
     if not points:
         return ""

@@ -5,7 +5,13 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from tiny_runs import TinyNet, standard_promotion, tiny_data, tiny_variables  # noqa: F401
+from tiny_runs import (  # noqa: F401
+    TinyNet,
+    quantized_to,
+    standard_promotion,
+    tiny_data,
+    tiny_variables,
+)
 
 from compand_jax.data.calibration_images import choose_calibration_images
 from compand_jax.experiments.ptq.bit_allocation import (
@@ -15,7 +21,7 @@ from compand_jax.experiments.ptq.bit_allocation import (
     mixed_bits,
     quantized_site,
 )
-from compand_jax.experiments.ptq.settings import Setting, count_correct, observe_network
+from compand_jax.experiments.ptq.settings import count_correct, observe_network
 
 
 def brute_force(losses, counts, budget):
@@ -66,12 +72,12 @@ def test_budget_below_the_fewest_bits(budget):
 
 @pytest.mark.quick
 def test_settings_of_bits_by_site():
-    mixed = mixed_bits(at_bits(Setting(8), 4), {"block.1": 2, "dense": 6})
-    config = mixed.config
+    mixed = mixed_bits(at_bits(quantized_to(8), 4), {"block.1": 2, "dense": 6})
+    config = mixed.quant
     assert (config.at("block.1").weight_bits, config.at("block.1").grid) == (2, "midrise")
     assert (config.at("dense").weight_bits, config.at("dense").grid) == (6, "midtread")
     assert config.at("blocks1").weight_bits == 4  # a name is no pattern
-    assert at_bits(Setting(8), 2).grid == "midrise"
+    assert at_bits(quantized_to(8), 2).quant.grid == "midrise"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +90,7 @@ def losses():
 
 @pytest.fixture(scope="module")
 def levels(losses):
-    return {b: losses.quantized(Setting(b, calibration="absmax")) for b in (3, 8)}
+    return {b: losses.quantized(quantized_to(b, calibration="absmax")) for b in (3, 8)}
 
 
 def test_one_site_is_touched(losses, levels):

@@ -6,14 +6,20 @@ import json
 
 import numpy as np
 import pytest
-from tiny_runs import TinyNet, snapshot, standard_promotion, tiny_data, tiny_variables  # noqa: F401
+from tiny_runs import (  # noqa: F401
+    TinyNet,
+    quantized_to,
+    snapshot,
+    standard_promotion,
+    tiny_data,
+    tiny_variables,
+)
 
 from compand_jax.calibration.fit import CALIBRATIONS
 from compand_jax.experiments.ptq import run as post_training_run
 from compand_jax.experiments.ptq.bit_allocation import at_bits
 from compand_jax.experiments.ptq.record import document, results_by_setting
 from compand_jax.experiments.ptq.run import PostTrainingConfig, run
-from compand_jax.experiments.ptq.settings import Setting
 from compand_jax.experiments.ptq.tables import base_setting, lead_text, tables
 from compand_jax.experiments.runs.checkpoint import Checkpoint
 
@@ -36,10 +42,10 @@ def evaluated(monkeypatch):
 
     def evaluate(network, setting):
         given.append(setting)
-        correct = 3 * setting.weight_bits - (setting.quantizer == "uniform")
-        return dataclasses.asdict(setting) | {
+        correct = 3 * setting.quant.weight_bits - (setting.quant.quantizer == "uniform")
+        return setting.to_row() | {
             "accuracy": 100 * correct / 30, "correct": correct, "total": 30,
-            "mean_weight_bits": float(setting.weight_bits), "model_bytes": 100,
+            "mean_weight_bits": float(setting.quant.weight_bits), "model_bytes": 100,
             "weight_sqnr": None, "calibration_seconds": 1.0, "evaluation_seconds": 2.0,
         }  # fmt: skip
 
@@ -56,7 +62,7 @@ def test_tables_cover_what_is_promised():
     found = tables(BASE, range(2, 9))
     main, rest = found[0].settings(), [one for table in found[1:] for one in table.settings()]
     wanted = {
-        dataclasses.replace(BASE, weight_bits=bits, act_bits=act_bits, grid=grid,
+        BASE.changed(weight_bits=bits, act_bits=act_bits, grid=grid,
                             quantizer=quantizer, weight_granularity=granularity)
         for bits in range(2, 9)
         for act_bits in (None, bits)
@@ -69,17 +75,19 @@ def test_tables_cover_what_is_promised():
     for bits in (3, 4):
         at = at_bits(BASE, bits)
         for name in CALIBRATIONS:
-            assert dataclasses.replace(at, calibration=name) in rest
+            assert at.changed(calibration=name) in rest
         for scope in ("per_layer", "separate", "single"):
-            assert dataclasses.replace(at, act_bits=bits, mu_scope=scope) in rest
-        assert dataclasses.replace(at, batch_stats=False, weight_granularity="tensor") in rest
+            assert at.changed(act_bits=bits, mu_scope=scope) in rest
+        assert at.changed(batch_stats=False, weight_granularity="tensor") in rest
     for bits in (2, 3, 4):
         for quantizer in ("uniform", "mu_law"):
-            one = dataclasses.replace(at_bits(BASE, bits), quantizer=quantizer)
+            one = at_bits(BASE, bits).changed(quantizer=quantizer)
             assert one in rest
-            assert dataclasses.replace(one, error_feedback=True) in rest
+            assert one.changed(error_feedback=True) in rest
     # One mu for all weights and one for everything are not run twice where they are the same.
-    assert not any(one.mu_scope == "single" and one.act_bits is None for one in main + rest)
+    assert not any(
+        one.quant.mu_scope == "single" and one.quant.act_bits is None for one in main + rest
+    )
     assert [table.title for table in tables(BASE, [7])] == ["Bits"]
 
 
@@ -142,14 +150,14 @@ def test_lead_is_told_as_it_is():
     def row(correct):
         return {"correct": correct, "total": 200}
 
-    uniform = Setting(3, quantizer="uniform")
-    results = {Setting(3): row(100), uniform: row(101), Setting(4): row(7),
-               Setting(5): row(9), dataclasses.replace(uniform, weight_bits=5): row(9)}  # fmt: skip
+    uniform = quantized_to(3, quantizer="uniform")
+    results = {quantized_to(3): row(100), uniform: row(101), quantized_to(4): row(7),
+               quantized_to(5): row(9), uniform.changed(weight_bits=5): row(9)}  # fmt: skip
     assert lead_text(results) == (
         "Of 2 pairs that differ in nothing else, mu-law is ahead of uniform in 0 and behind in 1, "
         "by -0.50 to +0.00 points."
     )
-    assert lead_text({Setting(3): row(1)}) == ""
+    assert lead_text({quantized_to(3): row(1)}) == ""
 
 
 def test_sensitivity_and_budget_share_a_record(config, monkeypatch):

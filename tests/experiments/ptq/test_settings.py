@@ -1,12 +1,18 @@
 """A trained network under settings: what is evaluated is what `calibrate` gives a user."""
 
-import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import TinyNet, standard_promotion, tiny_data, tiny_variables  # noqa: F401
+from tiny_runs import (  # noqa: F401
+    TinyNet,
+    quantized_to,
+    standard_promotion,
+    tiny_data,
+    tiny_variables,
+)
 
 from compand_jax import Rule, quantize_model
 from compand_jax.data.calibration_images import choose_calibration_images
@@ -43,9 +49,9 @@ def correct_by_hand(network, model, variables):
 
 
 SETTINGS = [
-    Setting(3),
-    Setting(2, weight_granularity="channel", grid="midrise", quantizer="uniform"),
-    Setting(3, rules=(Rule("conv", weight_bits=8),), calibration="absmax"),
+    quantized_to(3),
+    quantized_to(2, weight_granularity="channel", grid="midrise", quantizer="uniform"),
+    quantized_to(3, rules=(Rule("conv", weight_bits=8),), calibration="absmax"),
 ]
 
 
@@ -60,21 +66,21 @@ def test_network_with_levels_is_the_quantized_model_bit_for_bit(network, setting
     np.testing.assert_array_equal(replaced, own)
     assert np.any(np.asarray(own) != np.asarray(plain(network.variables, x)))
     columns = np.asarray(params["dense"]["kernel"]).T
-    assert max(len(np.unique(column)) for column in columns) <= 2**setting.weight_bits
+    assert max(len(np.unique(column)) for column in columns) <= 2**setting.quant.weight_bits
     np.testing.assert_array_equal(params["dense"]["bias"], variables["params"]["dense"]["bias"])
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        Setting(3, weight_granularity="channel"),
-        Setting(4, 2, mu_scope="single", batch_stats=False, calibration="percentile"),
-        Setting(2, grid="midrise", error_feedback=True, calibration="output"),
+        quantized_to(3, weight_granularity="channel"),
+        quantized_to(4, 2, mu_scope="single", batch_stats=False, calibration="percentile"),
+        quantized_to(2, grid="midrise", error_feedback=True, calibration="output"),
     ],
 )
 def test_result_is_that_of_calibrate(network, setting):
     result = evaluate_setting(network, setting)
-    qmodel, variables = quantize_model(network.model, setting.config).calibrate(
+    qmodel, variables = quantize_model(network.model, setting.quant).calibrate(
         network.variables,
         network.calibration,
         calibration=setting.calibration,
@@ -85,15 +91,17 @@ def test_result_is_that_of_calibrate(network, setting):
     assert result["correct"] == correct_by_hand(network, qmodel, variables)
     assert result["total"] == 19
     assert result["accuracy"] == 100 * result["correct"] / 19
-    assert result["mean_weight_bits"] == setting.weight_bits
-    assert {name: result[name] for name in vars(setting)} == dataclasses.asdict(setting)
+    assert result["mean_weight_bits"] == setting.quant.weight_bits
+    assert setting.to_row().items() <= result.items()
     assert result["calibration_seconds"] > 0 <= result["evaluation_seconds"]
     # All operands that a quantizer has parameters for, at 4 bytes: mu and scale.
-    scales = 4 + 3 if setting.weight_granularity == "channel" else 2
-    scales += 2 * (setting.act_bits is not None)
-    mus = {"single": 1, "per_layer": 2 + 2 * (setting.act_bits is not None)}[setting.mu_scope]
-    mus *= setting.quantizer == "mu_law"
-    packed = -(-CONV * setting.weight_bits // 8) + -(-DENSE * setting.weight_bits // 8)
+    scales = 4 + 3 if setting.quant.weight_granularity == "channel" else 2
+    scales += 2 * (setting.quant.act_bits is not None)
+    mus = {"single": 1, "per_layer": 2 + 2 * (setting.quant.act_bits is not None)}[
+        setting.quant.mu_scope
+    ]
+    mus *= setting.quant.quantizer == "mu_law"
+    packed = -(-CONV * setting.quant.weight_bits // 8) + -(-DENSE * setting.quant.weight_bits // 8)
     assert result["model_bytes"] == packed + 4 * (4 * 4 + 3 + scales + mus)
     kernels = [network.variables["params"][name]["kernel"] for name in ("conv", "dense")]
     levels = quantized_params(qmodel, variables)
@@ -104,17 +112,17 @@ def test_result_is_that_of_calibrate(network, setting):
 
 
 WITH_ACTIVATIONS = [
-    Setting(3, 4),
-    Setting(2, 4, mu_scope="single", grid="midrise", weight_granularity="channel"),
-    Setting(8, 4, mu_scope="separate", rules=(Rule("conv", weight_bits=None),)),
-    Setting(3, 2, quantizer="uniform", rules=(Rule("dense", act_bits=8, quantizer="mu_law"),)),
-    Setting(4, rules=(Rule("conv", act_bits=3, weight_bits=2, grid="midrise"),)),
+    quantized_to(3, 4),
+    quantized_to(2, 4, mu_scope="single", grid="midrise", weight_granularity="channel"),
+    quantized_to(8, 4, mu_scope="separate", rules=(Rule("conv", weight_bits=None),)),
+    quantized_to(3, 2, quantizer="uniform", rules=(Rule("dense", act_bits=8, quantizer="mu_law"),)),
+    quantized_to(4, rules=(Rule("conv", act_bits=3, weight_bits=2, grid="midrise"),)),
 ]
 
 
 @pytest.mark.parametrize("setting", WITH_ACTIVATIONS)
 def test_levels_with_quantized_activations_are_the_quantized_model_bit_for_bit(network, setting):
-    setting = dataclasses.replace(setting, calibration="absmax")  # as good here, and fast
+    setting = setting.changed(calibration="absmax")  # as good here, and fast
     qmodel, variables = quantize_network(network, setting)
     model, own = with_levels(qmodel, variables)
     x = next(iter(network.calibration))
@@ -129,21 +137,21 @@ def test_levels_with_quantized_activations_are_the_quantized_model_bit_for_bit(n
 
 def test_model_with_levels_is_one_for_all_weights_and_scopes(network):
     settings = [
-        Setting(3, 4, calibration="absmax"),
-        Setting(8, 4, calibration="absmax", mu_scope="single"),
-        Setting(2, 4, calibration="absmax", mu_scope="separate", grid="midrise"),
-        Setting(4, 4, calibration="percentile", weight_granularity="channel"),
+        quantized_to(3, 4, calibration="absmax"),
+        quantized_to(8, 4, calibration="absmax", mu_scope="single"),
+        quantized_to(2, 4, calibration="absmax", mu_scope="separate", grid="midrise"),
+        quantized_to(4, 4, calibration="percentile", weight_granularity="channel"),
     ]
     pairs = [with_levels(*quantize_network(network, one)) for one in settings]
     assert len({model for model, _ in pairs}) == 1
     assert len({jax.tree.structure(variables) for _, variables in pairs}) == 1
-    weights_only = quantize_network(network, Setting(3, calibration="absmax"))
+    weights_only = quantize_network(network, quantized_to(3, calibration="absmax"))
     assert with_levels(*weights_only)[0] is network.model
 
 
 def test_statistics_are_those_of_calibrate(network):
-    setting = Setting(3)
-    qmodel, variables = quantize_model(network.model, setting.config).calibrate(
+    setting = quantized_to(3)
+    qmodel, variables = quantize_model(network.model, setting.quant).calibrate(
         network.variables, network.calibration, batch_stats=True, train=False
     )
     plain = {**network.variables, "params": quantized_params(qmodel, variables)}
@@ -158,7 +166,7 @@ def test_statistics_are_those_of_calibrate(network):
 
 def test_mean_bits_are_over_weights(network):
     rules = (Rule("conv", weight_bits=8),)
-    result = evaluate_setting(network, Setting(4, rules=rules, calibration="absmax"))
+    result = evaluate_setting(network, quantized_to(4, rules=rules, calibration="absmax"))
     assert result["mean_weight_bits"] == (8 * CONV + 4 * DENSE) / (CONV + DENSE)
 
 
@@ -195,4 +203,14 @@ def test_numbers_that_are_not_finite_are_named_by_path():
 @pytest.mark.quick
 def test_setting_with_a_wrong_field():
     with pytest.raises(ValueError, match="`weight_bits` must be an integer from 1 to 8, got 9"):
-        _ = Setting(9).config
+        quantized_to(9)
+    message = "`quant` must vary in weight_bits, act_bits, .*, mu_scope and rules alone"
+    with pytest.raises(ValueError, match=message):
+        quantized_to(4, act_site="output").to_row()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("one", [*SETTINGS, *WITH_ACTIVATIONS])
+def test_a_row_has_all_of_a_setting(one):
+    row = json.loads(json.dumps(one.to_row() | {"accuracy": 90.0}))
+    assert Setting.from_row(row) == one
