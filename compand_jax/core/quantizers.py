@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Integer
 
 from compand_jax.core._checks import check_codes, check_operands, check_parameters, compute_dtype
 from compand_jax.core._series import level_slope_in_mu
-from compand_jax.core._xla import look_up, sum_both, take
+from compand_jax.core._xla import look_up, sum_both, sum_over_mesh, take
 from compand_jax.core.codebooks import Spec, check_spec, half_table, positions
 
 GRADIENTS = ("identity", "chain")
@@ -216,7 +216,8 @@ def _straight_through_fwd(
 
 
 def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: Array) -> tuple:
-    return _pull_back(*residuals, cotangent, spec, chain)
+    gradients = _pull_back(*residuals, cotangent, spec, chain)
+    return tuple(map(sum_over_mesh, gradients, residuals))
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -115,7 +115,8 @@ class QuantConfig:
         never the last layer's).
       act_signed: Whether activations have a sign; None lets calibration decide per site.
       scale_gradient: "plain", or "lsq": the scales' gradients times 1/sqrt(n M), n the tensor's
-        size (Esser et al., "Learned step size quantization", ICLR 2020, section 2.2).
+        size (Esser et al., "Learned step size quantization", ICLR 2020, section 2.2); over all
+        devices, but where JAX does not track what differs (`jax.pmap`, `check_vma=False`).
       mu_init: mu before calibration, 0 to 255.
       rules: Exceptions by site name, `Rule` objects; the first match wins.
 

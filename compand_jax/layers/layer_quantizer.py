@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from compand_jax.core._xla import varying_axes
 from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par
@@ -59,14 +60,18 @@ class LayerQuantizer:
                 f"were made without running site {name!r}; init or calibrate with this method"
             )
         mu, scale = parameters
-        return quantize_operand(x, mu, scale, site.spec(operand), config.scale_gradient)
+        return quantize_operand(operand, x, mu, scale, site.spec(operand), config.scale_gradient)
 
 
-def quantize_operand(x: Array, mu: Array, scale: Array, spec: Spec, scale_gradient: str) -> Array:
+def quantize_operand(
+    operand: str, x: Array, mu: Array, scale: Array, spec: Spec, scale_gradient: str
+) -> Array:
     """Returns what a layer multiplies in place of x, with the scale's gradient as configured."""
     if scale_gradient == "lsq":
-        factor = 1 / math.sqrt(x.size * spec.steps)
-        scale = jnp.asarray(_scale_gradient(scale, factor))
+        # A weight that is only cast to differ is whole, and its scale is cast with it.
+        axes = varying_axes(x) - (varying_axes(scale) if operand == "weight" else set())
+        values = x.size * math.prod(map(jax.lax.axis_size, axes))
+        scale = jnp.asarray(_scale_gradient(scale, 1 / math.sqrt(values * spec.steps)))
     return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
 
 
