@@ -181,9 +181,7 @@ class _Search:
       percent: the scale is this percentile of the magnitudes; None searches for it.
     """
 
-    def __init__(
-        self, groups: Sequence[Group], effort: _Effort, percent: float | None
-    ) -> None:
+    def __init__(self, groups: Sequence[Group], effort: _Effort, percent: float | None) -> None:
         self._groups, self._effort, self._percent = groups, effort, percent
         self._owners = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
         batches = _batches(groups)

@@ -181,7 +181,5 @@ def evaluate(
 @functools.partial(jax.jit, static_argnames=("model", "mean", "std", "mesh"))
 def _count(variables, images, labels, mask, *, model, mean, std, mesh):
     batch = normalize(images, mean, std), labels, mask
-    count = eval_step(
-        variables, *jax.lax.with_sharding_constraint(batch, split(mesh)), model=model
-    )
+    count = eval_step(variables, *jax.lax.with_sharding_constraint(batch, split(mesh)), model=model)
     return jax.lax.with_sharding_constraint(count, everywhere(mesh))

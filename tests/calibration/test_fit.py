@@ -227,9 +227,7 @@ def test_the_least_error_of_a_layers_output(per_row):
         return np.einsum("gri,gij,grj->gr", e, moments, e)
 
     top = np.abs(rows).max()
-    grid = np.array(
-        [[errors(m, s) for s in top * np.geomspace(0.1, 1.3, 60)] for m in MUS[::4]]
-    )
+    grid = np.array([[errors(m, s) for s in top * np.geomspace(0.1, 1.3, 60)] for m in MUS[::4]])
     best = grid.min(1).sum((1, 2)).min() if per_row else grid.sum((2, 3)).min()
     found = errors(mu, np.asarray(scales, np.float64).reshape(2, 3, 1) if per_row else scales[0])
     assert found.sum() <= 1.001 * best

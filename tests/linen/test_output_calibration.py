@@ -81,9 +81,7 @@ class Normed(nn.Module):
 
 def test_weights_that_are_not_used_as_stored_are_left_alone():
     ids = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) % 5
-    variables, _, quantized = calibrate(
-        Normed(), [ids], calibration="output", error_feedback=True
-    )
+    variables, _, quantized = calibrate(Normed(), [ids], calibration="output", error_feedback=True)
     jax.tree.map(np.testing.assert_array_equal, quantized["params"], variables["params"])
 
 

@@ -63,9 +63,7 @@ def freeze_stage(
             "give another stage's directory"
         )
     sample = jax.ShapeDtypeStruct((1, *data.test_images.shape[1:]), np.float32)
-    return freeze(
-        stage.quantized, state.variables, sample, train=False, fold_norms=fold_norms
-    )
+    return freeze(stage.quantized, state.variables, sample, train=False, fold_norms=fold_norms)
 
 
 def export(
@@ -141,9 +139,7 @@ def load_predictor(path: Path) -> tuple[Predictor, str]:
     )
 
 
-def predictor(
-    frozen: FrozenModel, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Predictor:
+def predictor(frozen: FrozenModel, mean: tuple[float, ...], std: tuple[float, ...]) -> Predictor:
     """Returns the function of a frozen network, which normalizes the images itself."""
     predict = jax.jit(lambda frozen, x: frozen.apply(normalize(x, mean, std), train=False))
     return functools.partial(predict, frozen)

@@ -105,9 +105,7 @@ def test_files_that_cannot_be_run(tmp_path):
 )
 def test_onnx(config, tmp_path):
     frozen, predict = network(**config)
-    written = to_onnx(
-        lambda x: frozen.apply_dense(normalize(x, (0.5,), (0.3,))), SHAPE, np.uint8
-    )
+    written = to_onnx(lambda x: frozen.apply_dense(normalize(x, (0.5,), (0.3,))), SHAPE, np.uint8)
     path = tmp_path / "model.onnx"
     path.write_bytes(written)
     found, data_set = artifacts.load_predictor(path)
