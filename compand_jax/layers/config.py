@@ -53,15 +53,16 @@ def _named(name: str, remedy: str, check: Any, *arguments: Any) -> None:
 class Rule:
     """An exception to a `QuantConfig` for the sites whose name matches a regular expression.
 
-    A site is named by its module path, "/".join(module.path), the model itself by "". The first
-    rule that matches the whole name wins; a field that is left out inherits from the config.
+    A site is a layer. Its name is its path in the model, "/".join(module.path), such as
+    "block1/conv2"; the model itself is "". The first rule that matches a site's whole name wins.
+    A field that a rule leaves out keeps the config's value.
 
     Args:
-      pattern: Regular expression, matched with `re.fullmatch`.
-      weight_bits: Bits per weight, 1 to 8; None is full precision.
-      act_bits: Bits per activation, 1 to 8; None is full precision.
+      pattern: Regular expression for the whole name, as in `re.fullmatch`.
+      weight_bits: Bits per weight, 1 to 8. None is full precision.
+      act_bits: Bits per activation, 1 to 8. None is full precision.
       quantizer: "mu_law" or "uniform".
-      grid: "midtread" or "midrise", the weights'.
+      grid: The weights' grid, "midtread" or "midrise".
       weight_granularity: "tensor" or "channel".
 
     Raises:
@@ -103,22 +104,25 @@ class QuantConfig:
     """How a model's weights and activations are quantized.
 
     Args:
-      weight_bits: Bits per weight, 1 to 8 (1 needs grid midrise); None is full precision.
-      act_bits: Bits per activation, 1 to 8; None is full precision.
-      mu_scope: Who shares a mu: "single" (one for everything), "separate" (one for all weights,
-        one for all activations) or "per_layer" (an own pair per site).
-      quantizer: "mu_law" (mu and scale learned) or "uniform" (mu = 0, scale learned).
-      weight_granularity: "tensor" (one scale per kernel) or "channel" (one per output channel).
-      grid: The weights' grid, "midtread" (a level at zero) or "midrise" (none). Activations are
-        midtread.
-      act_site: Which activations: each layer's "input", or its "output" before the norm (then
-        never the last layer's).
-      act_signed: Whether activations have a sign; None lets calibration decide per site.
-      scale_gradient: "plain", or "lsq": the scales' gradients times 1/sqrt(n M), n the tensor's
-        size (Esser et al., "Learned step size quantization", ICLR 2020, section 2.2); over all
-        devices, but where JAX does not track what differs (`jax.pmap`, `check_vma=False`).
-      mu_init: mu before calibration, 0 to 255.
-      rules: Exceptions by site name, `Rule` objects; the first match wins.
+      weight_bits: Bits per weight, 1 to 8; 1 needs the grid "midrise". None is full precision.
+      act_bits: Bits per activation, 1 to 8; 1 needs activations without a sign. None is full
+        precision.
+      mu_scope: Which tensors share a mu. "single": all of them. "separate": all weights share one,
+        and all activations another. "per_layer": each layer has one for its weight and one for
+        its activation.
+      quantizer: "mu_law" learns mu and scale; "uniform" keeps mu = 0 and learns the scale.
+      weight_granularity: "tensor" gives a kernel one scale, "channel" one per output channel.
+      grid: The weights' grid. "midtread" has a level at zero, "midrise" has none. Activations are
+        always midtread.
+      act_site: Which activations are quantized: each layer's "input", or its "output" before the
+        norm. The last layer's output stays in full precision.
+      act_signed: Whether activations can be negative. None lets calibration decide, site by site.
+      scale_gradient: "plain" leaves the scales' gradients as they are. "lsq" multiplies them by
+        1/sqrt(n M), with the tensor's size n and the M of its grid (Esser et al., "Learned step
+        size quantization", ICLR 2020, section 2.2). n counts all devices, except where JAX does
+        not track what differs between them (`jax.pmap`, `check_vma=False`).
+      mu_init: The mu that `init` sets, 0 to 255. Calibration replaces it.
+      rules: Exceptions by site name. The first `Rule` that matches wins.
 
     Raises:
       ValueError: a field is out of its range, or a rule does not go with the other fields.
