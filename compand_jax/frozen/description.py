@@ -15,6 +15,7 @@ from compand_jax.core.codebooks import check_spec
 from compand_jax.frozen.file import is_shape, wrong_file
 from compand_jax.frozen.folded_norms import NORM_LEAVES
 from compand_jax.frozen.packing import pack, packed_bytes, unpack
+from compand_jax.frozen.sample import Signature, call_from_json, call_to_json
 from compand_jax.frozen.tree import (
     KINDS,
     TYPES,
@@ -22,13 +23,9 @@ from compand_jax.frozen.tree import (
     Arrays,
     FrozenSite,
     FrozenWeight,
-    Signature,
-    leaf_path,
     split_path,
 )
 from compand_jax.layers.config import ACT_SITES
-from compand_jax.layers.parametrization import site_path
-from compand_jax.linen.summary import WEIGHT_NAMES
 
 _FIELDS = {"act_site", "signature", "sites", "variables", "info"}
 ENCODINGS = ("packed", "zlib")
@@ -43,7 +40,7 @@ _MAX_RATIO = 64
 def to_file(
     sites: Mapping[str, FrozenSite],
     act_site: str,
-    signature: Signature | None,
+    signature: Signature,
     arrays: Arrays,
     compress: bool,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -56,6 +53,8 @@ def to_file(
       arrays: The model's.
       compress: Whether to store codes by zlib, one byte each, where that takes fewer bytes.
     """
+    for name, x in arrays["variables"].items():
+        _check_type(name, x)
     host = jax.device_get(arrays)
     encodings = {}
     for site, packed in host["codes"].items() if compress else ():
@@ -68,7 +67,10 @@ def to_file(
             encodings[site] = "zlib"
     description = {
         "act_site": act_site,
-        "signature": None if signature is None else dataclasses.asdict(signature),
+        "signature": {
+            "call": None if signature.call is None else call_to_json(signature.call),
+            "initial": signature.initial,
+        },
         "sites": {
             name: {"encoding": encodings.get(name, "packed"), **dataclasses.asdict(site)}
             for name, site in sites.items()
@@ -91,17 +93,22 @@ def _deflated(data: bytes) -> bytes:
     return min(found, key=len)
 
 
-def _as_stored(x: np.ndarray) -> np.ndarray:
-    if x.dtype.name not in TYPES:
+def _check_type(name: str, x: Any) -> None:
+    found = x.dtype.name if isinstance(x, jax.Array) else type(x).__name__
+    if found not in TYPES:
         raise ValueError(
-            f"`variables` must be of {', '.join(TYPES)} to be saved, got {x.dtype}: convert them"
+            f"`variables` must be of {', '.join(TYPES)} to be saved, got {found} in {name}: "
+            "convert it"
         )
+
+
+def _as_stored(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
 
 
 def from_file(
     path: str | Path, description: Mapping[str, Any], stored: Mapping[str, np.ndarray]
-) -> tuple[dict[str, FrozenSite], str, Signature | None, Arrays]:
+) -> tuple[dict[str, FrozenSite], str, Signature, Arrays]:
     """Returns what `to_file` took: sites, act_site, signature and arrays.
 
     Raises:
@@ -125,7 +132,7 @@ def _require(condition: bool | np.bool_, found: str) -> None:
 
 def _from_file(
     description: Mapping[str, Any], stored: Mapping[str, np.ndarray]
-) -> tuple[dict[str, FrozenSite], str, Signature | None, Arrays]:
+) -> tuple[dict[str, FrozenSite], str, Signature, Arrays]:
     _require(description.keys() == _FIELDS, f"not the fields {', '.join(sorted(_FIELDS))}")
     act_site, described = description["act_site"], description["sites"]
     _require(act_site in ACT_SITES, "no act_site")
@@ -180,8 +187,12 @@ def _weight(name: str, fields: Any) -> FrozenWeight:
     _require(isinstance(fields, dict) and fields.keys() == keys, f"other fields of weight {name!r}")
     _check_bits(name, fields["bits"], True, fields["grid"])
     _require(fields["dtype"] in WEIGHT_TYPES, f"an unknown type of weight {name!r}")
-    _require(fields["leaf"] in (None, *WEIGHT_NAMES), f"an unknown parameter of site {name!r}")
-    _require(fields["norm"] is None or isinstance(fields["norm"], str), f"no norm of site {name!r}")
+    for key in ("leaf", "norm"):
+        _require(fields[key] is None or isinstance(fields[key], str), f"no {key} of site {name!r}")
+    of_leaf = fields["leaf_shape"] is not None
+    known = fields["leaf_dtype"] in WEIGHT_TYPES if of_leaf else fields["leaf_dtype"] is None
+    of_one = not of_leaf or fields["leaf"] is not None
+    _require(known and of_one, f"no leaf_dtype of weight {name!r}")
     shapes = {}
     for key in ("shape", "scale_shape", "leaf_shape"):
         shape = fields[key]
@@ -238,7 +249,9 @@ def _check_tables(name: str, weight: FrozenWeight, arrays: Arrays) -> None:
     levels = arrays["levels"][name]
     _require(levels.shape == (weight.levels,), f"a table of another size in site {name!r}")
     _check_ascending(name, levels)
-    for kind, shape in (("scales", weight.scale_shape), ("shifts", weight.shape[-1:])):
+    # A batch norm that is folded gives each of the layer's features a scale and a shift.
+    features = (math.prod(weight.scale_shape),)
+    for kind, shape in (("scales", weight.scale_shape), ("shifts", features)):
         if (x := arrays[kind].get(name)) is not None:
             _require(x.shape == shape, f"{kind} of another shape in site {name!r}")
             _check_finite(name, kind, x)
@@ -274,10 +287,10 @@ def _check_finite(name: str, what: str, x: np.ndarray) -> None:
 def _check_paths(weights: Mapping[str, FrozenWeight], variables: Mapping[str, Any]) -> None:
     """Requires a place of its own for every variable, weight and folded batch norm."""
     paths = [split_path(name) for name in variables]
-    paths += [leaf_path(name, weight.leaf) for name, weight in weights.items() if weight.leaf]
+    paths += [split_path(weight.leaf) for weight in weights.values() if weight.leaf]
     norms = [weight.norm for weight in weights.values() if weight.norm is not None]
     paths += [
-        (collection, *site_path(name), leaf) for name in norms for collection, leaf in NORM_LEAVES
+        (collection, *split_path(name), leaf) for name in norms for collection, leaf in NORM_LEAVES
     ]
     # Before anything is made of them: jax runs through a tree by recursion.
     _require(all(len(path) <= _MAX_DEPTH for path in paths), "a variable in too many modules")
@@ -296,24 +309,16 @@ def _variables(types: Mapping[str, Any], found: Mapping[str, np.ndarray]) -> dic
     return {name: jnp.asarray(x, types[name]) for name, x in found.items()}
 
 
-def _signature(fields: Any) -> Signature | None:
-    if fields is None:
-        return None
-    rows = isinstance(fields, dict) and fields.keys() == {"inputs", "options"}
-    rows = rows and all(
-        isinstance(part, list) and all(isinstance(row, list) and len(row) == 2 for row in part)
-        for part in fields.values()
-    )
-    well_formed = (
-        rows
-        and all(is_shape(shape) and dtype in TYPES for shape, dtype in fields["inputs"])
-        and all(
-            isinstance(key, str) and isinstance(value, bool | int | float | str | None)
-            for key, value in fields["options"]
-        )
-    )
+def _signature(fields: Any) -> Signature:
+    well_formed = isinstance(fields, dict) and fields.keys() == {"call", "initial"}
     _require(well_formed, "a signature that is none")
-    return Signature(
-        tuple((tuple(shape), dtype) for shape, dtype in fields["inputs"]),
-        tuple((key, value) for key, value in fields["options"]),
-    )
+    initial = fields["initial"]
+    shapes = isinstance(initial, dict) and all(is_shape(shape) for shape in initial.values())
+    _require(initial is None or shapes, "a signature without shapes")
+    if shapes:
+        initial = {name: tuple(shape) for name, shape in initial.items()}
+    try:
+        call = None if fields["call"] is None else call_from_json(fields["call"])
+    except ValueError as error:
+        raise _UnexpectedError(f"a signature that is none: {error}") from error
+    return Signature(call, initial)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 FORMAT = "compand_jax.frozen"
-VERSION = 1
+VERSION = 2
 MAX_HEADER = 8 * 2**20
 """Bytes that a header may have: some ten thousand arrays."""
 
@@ -32,22 +33,33 @@ _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _CHUNK = 2**20
 
 
-def write_sealed(path: str | Path, description: dict[str, Any], arrays: dict[str, Any]) -> None:
+def write_sealed(
+    path: str | Path,
+    description: dict[str, Any],
+    arrays: dict[str, Any],
+    check: Callable[[Path], Any] = lambda path: None,
+) -> None:
     """Writes arrays and their description so that the file is complete, or as it was before.
 
     Args:
       path: Of the file.
       description: What JSON can hold.
       arrays: By name; of bool, uint8, int32, uint32 or float32.
+      check: Called with the path of the written file before it takes its place; what it raises
+        leaves things as they were.
 
     Raises:
       OSError: The file cannot be written.
-      ValueError: The header would be longer than is read.
+      ValueError: The description is no JSON, or the header would be longer than is read.
     """
+    try:
+        text = json.dumps(description, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`info` must be what JSON can hold: {error}") from error
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "description": json.dumps(description, allow_nan=False, separators=(",", ":")),
+        "description": text,
         "sha256": _ZEROS.decode(),
     }
     contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -65,8 +77,9 @@ def write_sealed(path: str | Path, description: dict[str, Any], arrays: dict[str
         with partial.open("wb") as file:
             file.write(data[:start] + digest)
             file.write(memoryview(data)[start + 64 :])
+        check(partial)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

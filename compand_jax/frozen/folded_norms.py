@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from compand_jax.frozen.sample import Call
+from compand_jax.frozen.sample import Call, result_arrays
+from compand_jax.frozen.tree import join_path, split_path
 from compand_jax.layers.observation import Observer
-from compand_jax.layers.parametrization import get_leaf, site_path
+from compand_jax.layers.parametrization import get_leaf
 from compand_jax.linen.interception import intercept_layers
+from compand_jax.linen.traces import no_trace_from_before
 
 NORM_LEAVES = (
     ("params", "scale"),
@@ -35,10 +37,17 @@ _LAYERS = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.ConvTranspose, nn.ConvLocal)
 
 
 class Norm(NamedTuple):
-    """A batch norm: its name, as a site's, and its epsilon."""
+    """A batch norm behind a layer.
+
+    Attributes:
+      name: Its path, joined by `join_path`.
+      epsilon: Its epsilon.
+      axis: The axis of the layer's weight, from the end, along which its features are.
+    """
 
     name: str
     epsilon: float
+    axis: int = -1
 
 
 def foldable_norms(
@@ -55,37 +64,44 @@ def foldable_norms(
       call: Arguments to run it with.
     """
     norms: dict[str, Norm] = {}
+    axes: dict[str, int] = {}
 
-    def run(variables: Any) -> Any:
-        with intercept_layers(model, Observer()) as intercepted, nn.intercept_methods(
-            _marker(norms)
-        ):
-            return call.run(intercepted, variables)
+    def run(variables: Any, arrays: list, key: Array) -> list:
+        marker = nn.intercept_methods(_marker(norms, axes))
+        with intercept_layers(model, Observer()) as intercepted, marker:
+            return result_arrays(call.run(intercepted, variables, arrays, key))
 
-    pairs = _pairs(jax.make_jaxpr(run)(variables).jaxpr)
+    with no_trace_from_before():
+        program = jax.make_jaxpr(run)(variables, call.arrays(), jax.random.key(0))
     stacked = {  # seen from within, a norm in a stack is as one alone
         name
         for name in norms
-        if get_leaf(variables, ("batch_stats", *site_path(name), "mean")).ndim != 1
+        if get_leaf(variables, ("batch_stats", *split_path(name), "mean")).ndim != 1
     }
-    return {site: norms[norm] for site, norm in pairs.items() if norm not in stacked}
+    return {
+        site: norms[norm]._replace(axis=axes[site])
+        for site, norm in _pairs(program.jaxpr).items()
+        if norm not in stacked
+    }
 
 
-def _marker(norms: dict[str, Norm]) -> Callable:
-    """Returns an interceptor that names layers' outputs and batch norms' inputs in the trace."""
+def _marker(norms: dict[str, Norm], axes: dict[str, int]) -> Callable:
+    """Returns an interceptor that names layers' outputs and batch norms' inputs in the trace.
+
+    Args:
+      norms: The batch norms by name; added to.
+      axes: The axis of each layer's features, by site; added to.
+    """
 
     def mark(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        module, name = context.module, "/".join(context.module.path)
+        module, site = context.module, "/".join(context.module.path)
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
-        features_last = (
-            type(module) in _LAYERS
-            and isinstance(module.features, int)
-            and not getattr(module, "transpose_kernel", False)
-        )
-        if features_last:
-            return checkpoint_name(next_fun(*args, **kwargs), f"layer {name}")
+        if type(module) in _LAYERS and isinstance(module.features, int):
+            axes[site] = -2 if getattr(module, "transpose_kernel", False) else -1
+            return checkpoint_name(next_fun(*args, **kwargs), f"layer {site}")
         if type(module) is nn.BatchNorm and _is_plain(module, args, kwargs):
+            name = join_path(module.path)
             norms[name] = Norm(name, float(module.epsilon))
             args = checkpoint_name(args[0], f"norm {name}"), *args[1:]
         return next_fun(*args, **kwargs)
@@ -105,13 +121,17 @@ def _is_plain(norm: nn.BatchNorm, args: tuple, kwargs: dict) -> bool:
         average is True
         and not options
         and len(args) in (1, 2)
-        and norm.axis in (-1, args[0].ndim - 1)
+        and _axes(norm) in ((-1,), (args[0].ndim - 1,))
         and args[0].dtype == jnp.float32
         and norm.dtype in (None, jnp.float32)
         and own_types == {jnp.dtype(jnp.float32)}
         and mean is not None
         and mean.shape == (args[0].shape[-1],)
     )
+
+
+def _axes(norm: nn.BatchNorm) -> tuple[int, ...]:
+    return (norm.axis,) if isinstance(norm.axis, int) else tuple(norm.axis)
 
 
 def _pairs(jaxpr: Any) -> dict[str, str]:
@@ -157,11 +177,11 @@ def _is_jaxpr(value: Any) -> bool:
 
 @contextlib.contextmanager
 def shift_norms(shifts: Mapping[str, Array]) -> Iterator[None]:
-    """Runs these batch norms, by name, as an addition: what is left of one that was folded."""
+    """Runs these batch norms, by path, as an addition: what is left of one that was folded."""
 
     def shift(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
-        name = "/".join(module.path)
+        name = join_path(module.path)
         if context.method_name != "__call__" or name not in shifts:
             return next_fun(*args, **kwargs)
         options = dict(zip(("use_running_average",), args[1:], strict=False)) | kwargs

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,25 +12,25 @@ from jaxtyping import Array
 
 from compand_jax.core.codebooks import Spec, codebook
 from compand_jax.core.quantizers import quantize
+from compand_jax.frozen.check import initial_shapes
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
+from compand_jax.frozen.origins import computed_weights, find_origins, needed_variables
 from compand_jax.frozen.packing import pack
-from compand_jax.frozen.sample import Call, abstract_call
+from compand_jax.frozen.sample import Call, Signature, abstract_call
 from compand_jax.frozen.tree import (
     KINDS,
     WEIGHT_TYPES,
     Arrays,
     FrozenSite,
     FrozenWeight,
-    Signature,
+    Path,
     flatten,
     join_path,
-    leaf_path,
+    nested,
+    split_path,
 )
 from compand_jax.layers import parametrization as par
-from compand_jax.layers.config import QuantConfig
-from compand_jax.layers.observation import Observer
-from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.quantized_model import QuantizedModel, compand_of
 from compand_jax.linen.summary import WEIGHT_NAMES
 
@@ -79,76 +79,140 @@ def freeze(
             f"`qmodel` must be a QuantizedModel, got {type(qmodel).__name__}: make it with "
             "quantize_model"
         )
-    model, config, site = qmodel.model, qmodel.config, qmodel.site
+    model, config = qmodel.model, qmodel.config
     call = abstract_call(model, sample, kwargs)
     compand = compand_of(variables)
-    tree = nn.meta.unbox({name: tree for name, tree in variables.items() if name != "compand"})
-    rest = dict(flatten(tree))
-    owns = {
-        name: next((leaf for leaf in WEIGHT_NAMES if leaf_path(name, leaf) in rest), None)
-        for name, operand in par.quantized_operands(compand)
-        if operand == "weight"
-    }
-    for name, leaf in owns.items():
-        if leaf is not None:
-            _check_weight(name, jnp.asarray(rest[leaf_path(name, leaf)]))
-    computed = _computed_weights(model, tree, call, owns)
+    rest = {name: tree for name, tree in variables.items() if name != "compand"}
+    rest = dict(flatten(nn.meta.unbox(rest)))
+    operands = list(par.quantized_operands(compand))
+    sources = _sources(model, rest, call, [name for name, what in operands if what == "weight"])
+    norms = _norms(qmodel, rest, call, operands) if fold_norms else {}
     # In one compiled function, as in the quantized model's: eagerly the last bit may differ.
     parameters = jax.jit(
-        lambda compand: [
-            par.read_parameters(compand, *key, config) for key in par.quantized_operands(compand)
-        ]
+        lambda compand: [par.read_parameters(compand, *key, config) for key in operands]
     )(compand)
     sites: dict[str, FrozenSite] = {}
     arrays: Arrays = {kind: {} for kind in KINDS}
-    for (name, operand), (mu, scale) in zip(
-        par.quantized_operands(compand), parameters, strict=True
-    ):
-        found, spec = sites.get(name, FrozenSite()), site(name).spec(operand)
+    for (name, operand), (mu, scale) in zip(operands, parameters, strict=True):
+        found, spec = sites.get(name, FrozenSite()), qmodel.site(name).spec(operand)
         if operand == "act":
             table = codebook(mu, scale, bits=spec.bits, signed=spec.signed)
             arrays["act_levels"][name], arrays["act_thresholds"][name] = table
             sites[name] = dataclasses.replace(found, act_bits=spec.bits, act_signed=spec.signed)
             continue
-        leaf = owns[name]
-        own = None if leaf is None else rest.pop(leaf_path(name, leaf))
-        weight = jnp.asarray(computed.get(name, own))
-        arrays["codes"][name] = _packed_codes(weight, mu, scale, spec)
+        source = sources[name]
+        arrays["codes"][name] = _packed_codes(source.value, mu, scale, spec)
         # Several scales have one table, of scale 1: a level of theirs is the same product.
         table_scale = jnp.ones(()) if scale.ndim else scale
         arrays["levels"][name], _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
         if scale.ndim:
             arrays["scales"][name] = scale
-        frozen = FrozenWeight(
+        own = None if source.leaf is None else rest.pop(source.leaf)
+        computed = own is not None and source.computed
+        weight = FrozenWeight(
             spec.bits,
             spec.grid,
-            weight.shape,
-            weight.dtype.name,
+            source.value.shape,
+            source.value.dtype.name,
             scale.shape,
-            leaf,
-            own.shape if name in computed and own is not None else None,
+            None if source.leaf is None else join_path(source.leaf),
+            own.shape if computed else None,
+            own.dtype.name if computed else None,
         )
-        sites[name] = dataclasses.replace(found, weight=frozen)
-    if fold_norms:
-        _fold(sites, arrays, rest, _norms(model, config, tree, call, sites))
+        sites[name] = dataclasses.replace(found, weight=weight)
+    _fold(sites, arrays, rest, norms)
     arrays["variables"] = {join_path(path): value for path, value in rest.items()}
-    return make_frozen(model, sites, config.act_site, _signature(call), arrays)
+    try:
+        initial = initial_shapes(model, call)
+    except Exception:  # a model that makes nothing of the sample: it goes on with what there is
+        initial = None
+    return make_frozen(model, sites, config.act_site, Signature(call, initial), arrays)
+
+
+class _Source(NamedTuple):
+    """Where a site's weight is from.
+
+    Attributes:
+      value: The weight.
+      leaf: The variable that the file does not need beside the codes, if there is one.
+      computed: Whether the weight is computed: it does not come from the place of `leaf`.
+    """
+
+    value: Array
+    leaf: Path | None
+    computed: bool
+
+
+def _sources(
+    model: nn.Module, variables: dict[Path, Any], call: Call, names: list[str]
+) -> dict[str, _Source]:
+    """Returns where the weights of these sites are from, every one of them checked.
+
+    Raises:
+      ValueError: a site without a parameter of its own did not run, a weight depends on the
+        inputs, is another one from call to call, or is not to be quantized.
+    """
+    origins = find_origins(model, variables, call)
+    if varying := origins.varying.intersection(names):
+        raise ValueError(
+            f"site {', '.join(map(repr, sorted(varying)))} computes its weight from the model's "
+            "inputs or random numbers: leave it in full precision, Rule(..., weight_bits=None)"
+        )
+    leaves: dict[str, Path | None] = {}
+    for name in names:  # what did not run is taken to be its module's parameter
+        own = origins.leaves.get(name) if name in origins.leaves else _own(variables, name)
+        free = own is not None and own not in origins.used and own not in leaves.values()
+        leaves[name] = own if free else None
+        if own is None and name not in origins.leaves:
+            raise ValueError(
+                f"site {name!r} has no kernel of its own, and does not run: freeze it with a "
+                "sample that runs it"
+            )
+    computed = {name for name, leaf in leaves.items() if leaf is None}
+    values, needed = {}, set(variables)
+    if computed:
+        values = computed_weights(model, variables, call, computed)
+        needed = needed_variables(model, variables, call)
+    found = {}
+    for name, leaf in leaves.items():
+        value = jnp.asarray(variables[leaf]) if leaf is not None else values[name]
+        _check_weight(name, value)
+        if leaf is None:
+            own = _own(variables, name)
+            left_out = own is not None and own not in needed and own not in leaves.values()
+            known = left_out and jnp.asarray(variables[own]).dtype.name in WEIGHT_TYPES
+            found[name] = _Source(value, own if known else None, True)
+        else:
+            found[name] = _Source(value, leaf, False)
+    return found
+
+
+def _own(
+    variables: Mapping[Path, Any], name: str, leaves: tuple[str, ...] = WEIGHT_NAMES
+) -> Path | None:
+    """Returns a site's parameter of one of these names; a module's name may have slashes."""
+    return next(
+        (
+            path
+            for path in variables
+            if path[0] == "params" and path[-1] in leaves and "/".join(path[1:-1]) == name
+        ),
+        None,
+    )
 
 
 def _norms(
-    model: nn.Module,
-    config: QuantConfig,
-    variables: dict,
+    qmodel: QuantizedModel,
+    variables: dict[Path, Any],
     call: Call,
-    sites: Mapping[str, FrozenSite],
+    operands: list[tuple[str, str]],
 ) -> dict[str, Norm]:
     """Returns the batch norms to fold, by the site whose weight they are folded into."""
     norms = {
         name: norm
-        for name, norm in foldable_norms(model, variables, call).items()
-        if name in sites
-        and sites[name].weight is not None
-        and (config.act_site == "input" or sites[name].act_bits is None)
+        for name, norm in foldable_norms(qmodel.model, nested(variables.items()), call).items()
+        if (name, "weight") in operands
+        and (qmodel.config.act_site == "input" or (name, "act") not in operands)
     }
     if not norms:
         raise ValueError(
@@ -167,31 +231,22 @@ def _fold(
         weight = sites[name].weight
         assert weight is not None
         scale, bias, mean, var = (
-            np.asarray(rest.pop((collection, *par.site_path(norm.name), leaf), default), np.float64)
+            np.asarray(rest.pop((collection, *split_path(norm.name), leaf), default), np.float64)
             for (collection, leaf), default in zip(NORM_LEAVES, (1, 0, None, None), strict=True)
         )
         factor = scale / np.sqrt(var + norm.epsilon)
         if not np.all(np.isfinite(np.stack(np.broadcast_arrays(factor, bias, mean)))):
             raise ValueError(f"`variables` must be finite, batch norm {norm.name!r} is not")
-        shape = weight.scale_shape or (1,) * (len(weight.shape) - 1) + factor.shape
+        shape = [1] * len(weight.shape)
+        shape[norm.axis] = factor.size
         own = np.asarray(arrays["scales"].get(name, 1), np.float64)
-        arrays["scales"][name] = (own * factor).astype(np.float32).reshape(shape)
+        arrays["scales"][name] = (own * factor.reshape(shape)).astype(np.float32)
         arrays["shifts"][name] = (bias - factor * mean).astype(np.float32)
-        path = leaf_path(name, "bias")
-        if path in rest:
+        path = _own(rest, name, ("bias",))
+        if path is not None:
             rest[path] = (np.asarray(rest[path], np.float64) * factor).astype(np.float32)
-        weight = dataclasses.replace(weight, scale_shape=shape, norm=norm.name)
+        weight = dataclasses.replace(weight, scale_shape=tuple(shape), norm=norm.name)
         sites[name] = dataclasses.replace(sites[name], weight=weight)
-
-
-def _signature(call: Call) -> Signature | None:
-    """Returns a call's signature; None where a file could not hold it."""
-    if call.method != "__call__" or not all(isinstance(x, jax.ShapeDtypeStruct) for x in call.args):
-        return None
-    options = tuple(sorted(call.kwargs.items()))
-    if not all(isinstance(value, bool | int | float | str | None) for _, value in options):
-        return None
-    return Signature(tuple((x.shape, x.dtype.name) for x in call.args), options)
 
 
 def _check_weight(name: str, weight: Array) -> None:
@@ -210,57 +265,3 @@ def _packed_codes(weight: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     scale = scale.reshape((1,) * stacked + scale.shape)
     codes = quantize(weight, mu, scale, bits=spec.bits, grid=spec.grid)
     return pack((codes.astype(jnp.int32) + spec.steps).astype(jnp.uint8), spec.bits)
-
-
-def _computed_weights(
-    model: nn.Module, variables: dict, call: Call, owns: Mapping[str, str | None]
-) -> dict[str, np.ndarray]:
-    """Returns the weights that layers compute from their parameters, by site.
-
-    Raises:
-      ValueError: a layer without a parameter of its own did not run, or one computes several
-        weights.
-    """
-    seen = _weights_seen(model, variables, call)
-    flat = dict(flatten(variables))
-    computed = {}
-    for name, leaf in owns.items():
-        values = seen.get(name, [])
-        if leaf is not None:
-            own = np.unique(np.asarray(flat[leaf_path(name, leaf)]))
-            if all(np.isin(np.unique(value), own).all() for value in values):
-                continue  # it is the parameter, or a part of it where scan or vmap stacked it
-        if not values:
-            raise ValueError(
-                f"site {name!r} has no kernel of its own, and does not run: freeze it with a "
-                "sample that runs it"
-            )
-        if any(not np.array_equal(value, values[0]) for value in values):
-            raise ValueError(
-                f"site {name!r} computes several weights from its parameters, in a stack of "
-                "layers: freeze a model that has the layers one by one"
-            )
-        computed[name] = values[0]
-    return computed
-
-
-def _weights_seen(
-    model: nn.Module, variables: dict, call: Call
-) -> dict[str, list[np.ndarray]]:
-    """Returns what every layer multiplies with, when the model is called."""
-    observers = []
-
-    def run(variables: dict) -> dict[str, list]:
-        observer, _ = observe_layers(
-            model,
-            lambda: Observer(weight=lambda weight: weight),
-            lambda model: call.run(model, variables),
-        )
-        observers.append(observer)
-        return observer.traced["weight"]
-
-    seen = jax.device_get(jax.jit(run)(variables))
-    jax.effects_barrier()
-    for name, values in observers[-1].called_back["weight"].items():
-        seen.setdefault(name, []).extend(values)
-    return seen

@@ -1,15 +1,29 @@
 """The call that a model is frozen for: shapes of arrays, and all else as it is."""
 
 import inspect
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core.scope import DenyList
+
+from compand_jax.frozen.file import is_shape
 
 _APPLY_OPTIONS = ("method", "rngs", "mutable", "capture_intermediates")
 """What Linen's `apply` takes for itself, and not for the model's method."""
+
+INPUT_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+               "bfloat16", "float16", "float32", "float64", "complex64", "complex128")  # fmt: skip
+"""Types of a sample's arrays that a file can name."""
+
+NOT_PARAMS = DenyList("params")
+"""The collections that any call may change."""
+
+_MAX_DEPTH = 32
 
 
 class Call(NamedTuple):
@@ -19,36 +33,131 @@ class Call(NamedTuple):
     args: tuple
     kwargs: dict[str, Any]
 
-    def run(self, model: nn.Module, variables: Any) -> Any:
-        """Returns the outputs of the method, and all collections, on arrays of zeros."""
-        args, kwargs = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x,
-            (self.args, self.kwargs),
+    def arrays(self) -> list[jax.ShapeDtypeStruct]:
+        """Returns the arrays among the arguments."""
+        return [x for x in jax.tree.leaves((self.args, self.kwargs)) if _is_abstract(x)]
+
+    def zeros(self) -> list[jax.Array]:
+        """Returns arrays of zeros in their place."""
+        return [jnp.zeros(x.shape, x.dtype) for x in self.arrays()]
+
+    def with_arrays(self, arrays: list) -> tuple[tuple, dict[str, Any]]:
+        """Returns the arguments with these arrays in place of the abstract ones."""
+        values = iter(arrays)
+        return jax.tree.map(
+            lambda x: next(values) if _is_abstract(x) else x, (self.args, self.kwargs)
         )
+
+    def run(self, model: nn.Module, variables: Any, arrays: list, key: jax.Array) -> Any:
+        """Returns the method's outputs, and all collections but the parameters."""
+        args, kwargs = self.with_arrays(arrays)
         return model.apply(
-            variables, *args, rngs=jax.random.key(0), mutable=True, method=self.method, **kwargs
+            variables, *args, rngs=key, mutable=NOT_PARAMS, method=self.method, **kwargs
         )
+
+
+class Signature(NamedTuple):
+    """What a frozen model is known by.
+
+    Attributes:
+      call: The sample that it was frozen for; None in a file that cannot hold it.
+      initial: Shapes of the variables that the model's `init` makes of the sample, by path; None
+        where it makes none of it.
+    """
+
+    call: Call | None
+    initial: Mapping[str, tuple[int, ...]] | None
+
+
+def _is_abstract(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def is_array(x: Any) -> bool:
+    """Returns whether an argument is an array or a NumPy number; text and objects are neither."""
+    if isinstance(x, jax.Array):
+        return True
+    return isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "USOMm"
+
+
+def result_arrays(results: Any) -> list[jax.Array]:
+    """Returns the arrays among a model's results, for a trace to return."""
+    return [x for x in jax.tree.leaves(results) if isinstance(x, jax.Array)]
 
 
 def abstract_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call:
-    """Returns the shapes of a call's arguments.
+    """Returns the shapes of a call's arguments, and the types that jax gives them.
 
     Raises:
       TypeError: the model's method does not take such arguments.
     """
 
     def abstract(x: Any) -> Any:
-        is_array = isinstance(x, jax.Array | np.ndarray | np.generic)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array else x
+        if not is_array(x) and not _is_abstract(x):
+            return x
+        dtype = x.dtype
+        if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+            dtype = jax.dtypes.canonicalize_dtype(dtype)  # int64 is int32 to jax by default
+        return jax.ShapeDtypeStruct(x.shape, dtype)
 
     method = kwargs.get("method") or "__call__"
-    function = getattr(type(model), method) if isinstance(method, str) else method
-    options = {k: v for k, v in kwargs.items() if k not in _APPLY_OPTIONS}
+    options = {name: x for name, x in kwargs.items() if name not in _APPLY_OPTIONS}
+    name = getattr(method, "__name__", None)
+    if not isinstance(method, str) and name and getattr(type(model), name, None) is method:
+        method = name  # a file can hold a name
     try:
+        function = getattr(type(model), method) if isinstance(method, str) else method
         inspect.signature(function).bind(model, *args, **options)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise TypeError(
             f"`sample` must be the arguments of the model's {method}, got {len(args)} and "
             f"{sorted(options)} ({error}): give freeze an input, freeze(qmodel, variables, x)"
         ) from None
     return Call(method, *jax.tree.map(abstract, (args, options)))
+
+
+def call_to_json(call: Call) -> dict[str, Any] | None:
+    """Returns a call as JSON can hold it; None where it cannot (a named tuple, an object)."""
+    try:
+        return {"method": _encode(call.method), "args": _encode(call.args),
+                "kwargs": _encode(call.kwargs)}  # fmt: skip
+    except TypeError:
+        return None
+
+
+def _encode(x: Any) -> list:
+    if _is_abstract(x) and x.dtype.name in INPUT_TYPES:
+        return ["array", list(x.shape), x.dtype.name]
+    if x is None or type(x) in (bool, int, str) or (type(x) is float and math.isfinite(x)):
+        return ["value", x]
+    if type(x) in (tuple, list):
+        return [type(x).__name__, [_encode(item) for item in x]]
+    if isinstance(x, Mapping) and all(isinstance(name, str) for name in x):
+        return ["dict", {name: _encode(item) for name, item in x.items()}]
+    raise TypeError(f"no JSON for {type(x).__name__}")
+
+
+def call_from_json(fields: Any) -> Call:
+    """Returns the call that `call_to_json` wrote; ValueError where it is none."""
+    if not isinstance(fields, dict) or fields.keys() != {"method", "args", "kwargs"}:
+        raise ValueError("not the fields method, args, kwargs")
+    method, args, kwargs = (_decode(fields[name]) for name in ("method", "args", "kwargs"))
+    if not isinstance(method, str) or type(args) is not tuple or type(kwargs) is not dict:
+        raise ValueError("arguments of no method")
+    return Call(method, args, kwargs)
+
+
+def _decode(row: Any, depth: int = 0) -> Any:
+    match row:
+        case ["array", [*shape], str(dtype)] if dtype in INPUT_TYPES and is_shape(shape):
+            own = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
+            return jax.ShapeDtypeStruct(tuple(shape), own)
+        case ["value", None | bool() | int() | float() | str() as value]:
+            return value
+        case ["tuple" | "list" as kind, [*items]] if depth < _MAX_DEPTH:
+            found = [_decode(item, depth + 1) for item in items]
+            return tuple(found) if kind == "tuple" else found
+        case ["dict", dict() as items] if depth < _MAX_DEPTH:
+            return {name: _decode(item, depth + 1) for name, item in items.items()}
+    raise ValueError("an argument that is none")
+

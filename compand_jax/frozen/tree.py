@@ -1,13 +1,14 @@
 """What a frozen model consists of: static facts by site, and arrays by name."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from jaxtyping import Array
-
 from compand_jax.core.codebooks import check_spec
-from compand_jax.layers.parametrization import site_path
+from compand_jax.layers.parametrization import set_leaf
+
+Path = tuple[str, ...]
+"""Where a variable is: its collection, its modules, its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,11 @@ class FrozenWeight:
       dtype: Of the weight that the layer multiplies.
       scale_shape: Of what the table's levels are multiplied with: () for nothing, else the
         weight's shape, with 1 along the axes that share a scale.
-      leaf: Name of the parameter whose place the codes take, "kernel" or "embedding"; None where
-        the module has none.
-      leaf_shape: Of that parameter, where the weight is computed from it (WeightNorm); None where
-        the weight is that parameter.
-      norm: Name of the batch norm that is folded into the weight, if one is.
+      leaf: The variable that is left out, its path joined by `join_path`; None where none is.
+      leaf_shape: Of that variable, where the weight is computed from it (WeightNorm); None where
+        the codes take its place.
+      leaf_dtype: Likewise.
+      norm: Path of the batch norm that is folded into the weight, if one is, as `leaf`'s.
     """
 
     bits: int
@@ -35,11 +36,12 @@ class FrozenWeight:
     scale_shape: tuple[int, ...]
     leaf: str | None
     leaf_shape: tuple[int, ...] | None = None
+    leaf_dtype: str | None = None
     norm: str | None = None
 
     @property
     def computed(self) -> bool:
-        """Whether the weight is computed from the module's parameters."""
+        """Whether the weight does not come from the place of a variable."""
         return self.leaf is None or self.leaf_shape is not None
 
     @property
@@ -58,19 +60,6 @@ class FrozenSite:
     act_signed: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """Arguments that a frozen model's `apply` takes, to tell another model by.
-
-    Args:
-      inputs: Shape and type of every positional argument.
-      options: Names and values of the keyword arguments: bool, int, float, str or None.
-    """
-
-    inputs: tuple[tuple[tuple[int, ...], str], ...]
-    options: tuple[tuple[str, Any], ...] = ()
-
-
 Arrays = dict[str, dict[str, Any]]
 """The arrays of a frozen model, by kind and name.
 
@@ -84,14 +73,14 @@ Arrays = dict[str, dict[str, Any]]
 """
 
 TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")
-"""What variables and inputs may be; a file holds the floats as float32."""
+"""What variables may be to be saved; a file holds the floats as float32."""
 
 WEIGHT_TYPES = TYPES[:3]
 
 KINDS = ("codes", "levels", "scales", "shifts", "act_levels", "act_thresholds", "variables")
 
 
-def join_path(path: tuple[str, ...]) -> str:
+def join_path(path: Path) -> str:
     """Returns a path as one name, as JSON pointers do; `split_path` is the inverse.
 
     >>> join_path(("params", "a/b", "bias"))
@@ -100,12 +89,12 @@ def join_path(path: tuple[str, ...]) -> str:
     return "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
 
 
-def split_path(name: str) -> tuple[str, ...]:
+def split_path(name: str) -> Path:
     """Returns the path that `join_path` joined."""
     return tuple(key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
 
 
-def flatten(tree: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Array]]:
+def flatten(tree: Mapping, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yields the path and value of every leaf of nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -114,6 +103,9 @@ def flatten(tree: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield (*path, key), value
 
 
-def leaf_path(site: str, leaf: str) -> tuple[str, ...]:
-    """Returns where a site's parameter lies in the variables."""
-    return ("params", *site_path(site), leaf)
+def nested(items: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
+    """Returns the tree that `flatten` flattened."""
+    tree: dict[str, Any] = {}
+    for path, value in items:
+        set_leaf(tree, path, value)
+    return tree

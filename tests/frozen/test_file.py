@@ -201,7 +201,7 @@ def deep_variable(header, description, _, depth=10**6):
 
 
 def rename_version(header, *_):
-    header["__metadata__"]["version"] = "2"
+    header["__metadata__"]["version"] = "1"
 
 
 def longer(_, description, __):
@@ -242,7 +242,7 @@ def nested(header, *_):
 
 
 EDITS = {
-    "of version 1 of the format, got .* of version '2': read it with": rename_version,
+    "of version 2 of the format, got .* of version '1': read it with": rename_version,
     "scales of another shape than weight 'first'": transposed,
     "scales not of finite float32 in site 'first'": infinite_scale,
     "other shifts than described": other_norm,
