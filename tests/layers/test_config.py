@@ -8,14 +8,14 @@ from importlib.machinery import SourceFileLoader
 import pytest
 
 import compand_jax as cj
-import compand_jax.layers.config
 
 pytestmark = pytest.mark.quick
 
 
 def _plain_module():
     """Returns the module as it is outside pytest: no beartype, so that a bits=2.5 gets that far."""
-    loader = SourceFileLoader("plain_config", compand_jax.layers.config.__file__)
+    path = importlib.import_module("compand_jax.layers.config").__file__
+    loader = SourceFileLoader("plain_config", path)
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     sys.modules[loader.name] = module
     loader.exec_module(module)
