@@ -76,14 +76,23 @@ class QuantizedModel:
     sites: Mapping[str, Site] | None = None
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the model's own variables, and "compand": mu_init and largest magnitudes.
+        """Returns the model's own variables, and with them "compand", a first mu and scale each.
 
-        Args and Returns are those of the Linen module's `init`. The activations' scales are the
-        largest magnitudes on the given input. Under `jit`, values inside scan, vmap and remat
-        cannot be seen: a weight's scale is then taken from `params`, an activation's is 1.
+        mu is the config's `mu_init`. A scale is the largest magnitude: of the weight, or of the
+        activation on the given input. Under `jit`, values inside scan, vmap and remat cannot be
+        seen: there a weight's scale comes from `params`, and an activation's is 1.
+
+        Args:
+          rngs: As the Linen module's `init`.
+          *args: As the Linen module's `init`.
+          **kwargs: As the Linen module's `init`.
+
+        Returns:
+          {"params": ..., "compand": ..., ...}: what the Linen module's `init` returns, and
+          "compand". Its leaves are theta = log(1 + mu) and rho = log(scale), float32.
 
         Raises:
-          ValueError: no layer is found, or a rule matches none.
+          ValueError: the model has no layer to quantize, or a rule matches none.
         """
         observer, variables = observe_layers(
             self.model,
@@ -98,19 +107,23 @@ class QuantizedModel:
     def apply(
         self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any
     ) -> Any:
-        """Returns the quantized model's output, and the mutated collections where asked for.
+        """Returns what the Linen module's `apply` returns, computed with quantized operands.
 
         Args:
-          variables: The model's collections and "compand", as `init` returns them.
+          variables: The model's collections and "compand", as `init` and `calibrate` return them.
           *args: As the Linen module's `apply`.
-          mutable: As the Linen module's `apply`; "compand" comes back as it was.
+          mutable: As the Linen module's `apply`. "compand" can be named too, and comes back as it
+            was.
           **kwargs: As the Linen module's `apply` (`rngs`, `method`, ...).
+
+        Returns:
+          The output; with `mutable`, a pair of it and of the collections that changed.
 
         Gradient: straight-through, as `fake_quantize`, in "params" and "compand".
 
         Raises:
-          ValueError: "compand" is missing or of another config; or a layer that the model runs
-            was not reached, and so not quantized.
+          ValueError: "compand" is missing, or was made with another config; or the model runs a
+            layer that could not be reached, and so would not be quantized.
         """
         compand = compand_of(variables)
         if self.sites is None:
@@ -140,38 +153,42 @@ class QuantizedModel:
         batch_stats: bool = False,
         **model_kwargs: Any,
     ) -> tuple["QuantizedModel", dict[str, Any]]:
-        """Returns this model with its activations' signs found, and mu and scale from data.
+        """Returns this model calibrated, and its variables with mu and scale found from data.
 
-        The full-precision model runs once over the batches; what is kept of an activation is a
-        histogram, whatever the number of batches. mu minimizes the squared error, relative to the
-        power and summed over what shares it, at the scales that the calibration gives:
+        The full-precision model runs over the batches once. Of each activation a histogram is
+        kept, so that memory does not grow with the number of batches. It tells whether the
+        activation has a sign. A mu is the one of the least squared error, relative to the tensor's
+        power and summed over the tensors that share it. The scale at each mu is, by `calibration`:
 
-          "mse": of the least squared error.
+          "mse": the one of the least squared error.
           "absmax": the largest magnitude.
-          "percentile": the magnitude that `percentile` percent do not exceed.
-          "output": a weight's of the least squared error of its layer's output. It is for Dense,
-            DenseGeneral and Conv with at most 8192 inputs to an output, outside of scan and vmap,
-            that saw an input other than zero; anything else's is as with "mse".
+          "percentile": the magnitude that `percentile` percent of the values do not exceed.
+          "output": as "mse", but of a weight the squared error is that of its layer's output. This
+            is for Dense, DenseGeneral and Conv with at most 8192 inputs to an output, outside of
+            scan and vmap, that saw an input other than zero. All else is as with "mse".
 
         Args:
-          variables: The model's collections; an existing "compand" is replaced.
-          batches: Iterable of batches, a batch being the model's argument or a tuple of them, with
-            examples along the leading axis of the first one. They may differ in size.
+          variables: The model's collections. A "compand" among them is replaced.
+          batches: Iterable of batches. A batch is the model's argument, or a tuple of its
+            arguments; examples lie along the leading axis of the first one. Batches may differ in
+            size.
           calibration: "mse", "absmax", "percentile" or "output".
-          percentile: Of the magnitudes, in (0, 100].
-          mu: Every mu, 0 to 255, at which the scales are found; None finds mu too. Uniform
-            quantizers have none, and keep mu = 0.
-          error_feedback: Whether weights are rounded one input at a time, those that are still to
-            be rounded making up for the error at the layer's output. The kernels in "params" are
-            then levels of their quantizers. Other layers than those of "output", and those that
-            do not use their kernel as it is stored (WeightNorm, a mask), keep theirs.
-          batch_stats: Whether to estimate the batch norms' statistics, where there are any, anew
-            afterwards, under quantization, as the mean over the batches, each weighing as many
-            examples as it has. The batches are then gone through twice, and kept in memory if
-            they are an iterator.
+          percentile: Percent of the magnitudes, in (0, 100], for the calibration of that name.
+          mu: A mu to give every tensor, 0 to 255; only the scales are found then. None finds mu
+            too. Uniform quantizers keep mu = 0.
+          error_feedback: Whether to round weights one input at a time, and to let those that
+            follow make up for the error at the layer's output. "params" then holds the rounded
+            kernels. It is for the layers that "output" is for, if they use their kernel as it is
+            stored; others (with WeightNorm, with a mask) keep their kernels.
+          batch_stats: Whether to estimate the batch norms' statistics anew, under quantization.
+            They are the mean over the batches, weighed by their examples. The model then runs over
+            the batches twice; an iterator's batches are kept in memory for it.
           **model_kwargs: Further arguments of the model's `apply`, such as `train=False`. All
             collections but "params" may change while the model runs, whatever `mutable` says, and
             are returned as they were; every batch starts from them.
+
+        Returns:
+          This model with its `sites`, and the variables with "compand".
 
         Raises:
           TypeError: `batches` is an array, or this is called under `jax.jit`.
@@ -222,16 +239,22 @@ class QuantizedModel:
         mu: ArrayLike | None = None,
         error_feedback: bool = False,
     ) -> tuple["QuantizedModel", dict[str, Any]]:
-        """Returns what `calibrate` does, of what `observe` saw: once, for any number of configs.
+        """Returns what `calibrate` returns, from observations made before.
+
+        So one run over the batches serves any number of configs.
 
         Args:
-          seen: The full-precision model's observations, at the config's `act_site`; with moments
-            for calibration "output" and for error feedback.
-          variables: The collections that it was observed with.
+          seen: What `compand_jax.linen.model_calibration.observe` returned for the full-precision
+            model, at the config's `act_site`; with moments for calibration "output" and for error
+            feedback.
+          variables: The collections that the model was observed with.
           calibration: As `calibrate`.
           percentile: As `calibrate`.
           mu: As `calibrate`.
           error_feedback: As `calibrate`.
+
+        Returns:
+          As `calibrate`.
 
         Raises:
           ValueError: a rule matches no site, activations of one bit have a sign, or an argument
@@ -249,10 +272,18 @@ class QuantizedModel:
         return qmodel, result
 
     def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-        """Returns {site: {"weight_mu", "weight_scale", "act_mu", "act_scale"}}.
+        """Returns mu and scale of every site: {site: {"weight_mu": ..., "act_scale": ..., ...}}.
 
-        mu is without unit, 0 where the quantizer is uniform; a scale is in the units of what it
-        clips. Operands in full precision are absent.
+        Args:
+          variables: As `apply` takes them.
+
+        Returns:
+          By site, "weight_mu", "weight_scale", "act_mu" and "act_scale", float32. mu has no unit,
+          and is 0 for a uniform quantizer; a scale is in the units of what it clips. A weight or
+          an activation in full precision has no entry.
+
+        Raises:
+          ValueError: "compand" is missing, or was made with another config.
         """
         compand = compand_of(variables)
         found: dict[str, dict[str, Array]] = {}
@@ -264,10 +295,14 @@ class QuantizedModel:
         return found
 
     def summary(self, variables: Mapping[str, Any]) -> str:
-        """Returns a table of the sites, and the names of the weights that are not quantized.
+        """Returns a table of the sites as text, and the names of the weights not quantized.
 
-        A row per site: bits, mu, scale, signal to quantization noise of the weights in dB, bytes
-        of the weights before and after, and whether the activations have a sign.
+        A site's row has the bits, mu and scale of its weight and of its activation, the weight's
+        ratio of signal to quantization noise in dB, its bytes packed and in float32, and whether
+        the activation has a sign.
+
+        Args:
+          variables: As `apply` takes them.
         """
         quantizers = self.quantizers(variables)
         return summarize(
@@ -275,7 +310,7 @@ class QuantizedModel:
         )
 
     def site(self, name: str) -> Site:
-        """Returns what is static about a site: as calibrated, or else as configured."""
+        """Returns the `Site` of that name: as calibrated, or before calibration as configured."""
         if self.sites is not None and name in self.sites:
             return self.sites[name]
         return site_from_config(self.config, name)
