@@ -50,9 +50,7 @@ class Norm(NamedTuple):
     axis: int = -1
 
 
-def foldable_norms(
-    model: nn.Module, variables: Mapping[str, Any], call: Call
-) -> dict[str, Norm]:
+def foldable_norms(model: nn.Module, variables: Mapping[str, Any], call: Call) -> dict[str, Norm]:
     """Returns the batch norms in evaluation that see a layer's output, by the layer's site.
 
     Nothing else may see that output, and it must be in float32, features last, both of them run

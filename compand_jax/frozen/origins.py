@@ -77,9 +77,7 @@ def find_origins(model: nn.Module, variables: dict[Path, Any], call: Call) -> Or
     used: set[Path] = set()
     paths = [source if isinstance(source, tuple) else None for source in sources]
     _follow(program, dict(zip(program.invars, paths, strict=True)), found, used)
-    leaves = {
-        site: next(iter(paths)) if len(paths) == 1 else None for site, paths in found.items()
-    }
+    leaves = {site: next(iter(paths)) if len(paths) == 1 else None for site, paths in found.items()}
     varying: set[str] = set()
     _spread(program, [isinstance(source, _Input) for source in sources], varying)
     return Origins(leaves, used, varying)
@@ -148,9 +146,7 @@ def _follow(
             outputs = inputs
         elif parts := list(_parts(eqn, inputs, None)):
             for part, given in parts:
-                given_out = _follow(
-                    part, dict(zip(part.invars, given, strict=True)), found, used
-                )
+                given_out = _follow(part, dict(zip(part.invars, given, strict=True)), found, used)
                 if len(parts) == 1 and _same_shapes(part.outvars, eqn.outvars):
                     outputs = given_out
                 else:

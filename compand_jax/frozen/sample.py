@@ -160,4 +160,3 @@ def _decode(row: Any, depth: int = 0) -> Any:
         case ["dict", dict() as items] if depth < _MAX_DEPTH:
             return {name: _decode(item, depth + 1) for name, item in items.items()}
     raise ValueError("an argument that is none")
-
