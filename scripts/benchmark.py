@@ -12,17 +12,18 @@ from command_line import parse, run_script
 from tqdm import tqdm
 
 from compand_jax.experiments.benchmark.measure import (
+    FROZEN,
     FULL,
     METHODS,
     QWIX,
     compare_fit,
+    compare_frozen,
     compare_methods,
     compare_with_copy,
     cost_curve,
     make_network,
     quantized,
 )
-from compand_jax.experiments.benchmark.measure_frozen import FROZEN, compare_frozen
 from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
 from compand_jax.experiments.records import provenance, write_json, write_text
 from compand_jax.layers.config import QuantConfig

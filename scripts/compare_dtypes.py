@@ -15,6 +15,7 @@ from compand_jax.experiments.records import provenance, write_json, write_text
 from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig
 from compand_jax.experiments.runs.directory import read_results
 from compand_jax.experiments.runs.run import run
+from compand_jax.experiments.text import markdown_table
 
 _DTYPES = ("float32", "bfloat16")
 _METHOD = "mu_law-per_layer"
@@ -70,11 +71,11 @@ def main(args: list[str]) -> None:
 
 def table(accuracies: dict[str, dict[str, list[float]]]) -> str:
     """Returns mean and standard deviation over the seeds, a row a stage, a column a dtype."""
-    lines = [("stage", *_DTYPES), ("---", *("---:" for _ in _DTYPES))]
+    rows: list[tuple[str, ...]] = [("stage", *_DTYPES)]
     for stage, found in accuracies.items():
         cells = [f"{np.mean(x):.2f} % ± {np.std(x, ddof=1):.2f}" for x in found.values()]
-        lines.append((stage, *cells))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append((stage, *cells))
+    return markdown_table(rows)
 
 
 if __name__ == "__main__":

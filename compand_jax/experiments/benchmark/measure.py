@@ -1,8 +1,9 @@
-"""What quantization costs: the training step in full precision and quantized, side by side.
+"""What quantization costs: a training step or an evaluation, next to full precision.
 
-A case is one compiled training step of a network at a batch size, by one method. The cases of a
-network are measured in turns, so that a machine that gets slower slows all of them: what is
-reported is each repetition's ratio to full precision in that repetition.
+A case is one compiled training step of a network at a batch size, by one method, or an evaluation
+from its packed codes. The cases of a network are measured in turns, so that a machine that gets
+slower slows all of them: what is reported is each repetition's ratio to full precision in that
+repetition.
 """
 
 import functools
@@ -20,6 +21,8 @@ import optax
 
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.data.images import ImageData
+from compand_jax.frozen.freeze import freeze
+from compand_jax.frozen.model import FrozenModel
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.partition import partition_optimizer
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
@@ -39,6 +42,12 @@ METHODS: Mapping[str, QuantConfig | None] = {
     "uniform W4A4": QuantConfig(weight_bits=4, act_bits=4, quantizer="uniform"),
     QWIX: None,
 }
+FROZEN: Mapping[str, QuantConfig | None] = {
+    FULL: None,
+    "frozen mu-law W4": QuantConfig(weight_bits=4, act_bits=None, mu_scope="per_layer"),
+    "frozen mu-law W4A4": QuantConfig(weight_bits=4, act_bits=4, mu_scope="per_layer"),
+}
+Call = Callable[[], Any]
 _CLASSES = 10
 _IMAGE = (32, 32, 3)
 
@@ -54,9 +63,9 @@ class Problem(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A training step, compiled; `run` is one of it."""
+    """A compiled function; `run` calls it once."""
 
-    run: Callable[[], Any]
+    run: Call
     seconds: float
     temp_bytes: int
 
@@ -71,12 +80,7 @@ class Plain(nn.Module):
         """Returns logits [batch, 10] of images x [batch, h, w, c]."""
         specs = [ConvSpec(16 * self.width, pool=i % 2 == 1) for i in range(4)]
         x = conv_stack(
-            x,
-            specs,
-            norm="batch",
-            block_order="conv_norm_act",
-            dtype=jnp.float32,
-            train=train,
+            x, specs, norm="batch", block_order="conv_norm_act", dtype=jnp.float32, train=train
         )
         return classify(x, _CLASSES, jnp.float32)
 
@@ -127,20 +131,21 @@ def make_problem(
 
 def compile_step(problem: Problem) -> Case:
     """Returns the compiled training step, with the time that tracing and compiling it took."""
-    arguments = problem.state, problem.images, problem.labels
-    jitted = jax.jit(functools.partial(train_step, model=problem.model, tx=problem.tx))
+    step = functools.partial(train_step, model=problem.model, tx=problem.tx)
+    return _compile(step, problem.state, problem.images, problem.labels)
+
+
+def _compile(function: Callable, *arguments: Any) -> Case:
     began = time.perf_counter()
-    step = jitted.lower(*arguments).compile()
+    compiled = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - began
-    analysis = step.memory_analysis()
+    analysis = compiled.memory_analysis()
     assert analysis is not None
-    return Case(functools.partial(step, *arguments), seconds, analysis.temp_size_in_bytes)
+    return Case(functools.partial(compiled, *arguments), seconds, analysis.temp_size_in_bytes)
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], Any]],
-    repetitions: int,
-    advance: Callable[[], Any] = lambda: None,
+    calls: Mapping[str, Call], repetitions: int, advance: Call = lambda: None
 ) -> dict[str, list[float]]:
     """Returns the seconds of every call, by name; one of each in turns, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -168,12 +173,22 @@ def ratios(seconds: Sequence[float], reference: Sequence[float]) -> dict[str, fl
     }
 
 
+def _timed(
+    network: str, batch: int, method: str, label: str, seconds: Mapping[str, Sequence[float]]
+) -> dict:
+    median = float(np.median(seconds[method]))
+    return {
+        "network": network,
+        "batch": batch,
+        "method": method,
+        label: median,
+        "images_per_second": batch / median,
+        **ratios(seconds[method], seconds[FULL]),
+    }
+
+
 def compare_methods(
-    network: str,
-    batch: int,
-    methods: Sequence[str],
-    repetitions: int,
-    advance: Callable[[], Any] = lambda: None,
+    network: str, batch: int, methods: Sequence[str], repetitions: int, advance: Call = lambda: None
 ) -> list[dict]:
     """Returns a row for each method: step time, memory, compile time, as ratios too.
 
@@ -193,18 +208,42 @@ def compare_methods(
     full = cases[FULL]
     return [
         {
-            "network": network,
-            "batch": batch,
-            "method": method,
-            "step_seconds": float(np.median(seconds[method])),
-            "images_per_second": batch / float(np.median(seconds[method])),
-            **ratios(seconds[method], seconds[FULL]),
+            **_timed(network, batch, method, "step_seconds", seconds),
             "temp_bytes": case.temp_bytes,
             "temp_ratio": case.temp_bytes / full.temp_bytes,
             "compile_seconds": case.seconds,
             "compile_ratio": case.seconds / full.seconds,
         }
         for method, case in cases.items()
+    ]
+
+
+def compare_frozen(
+    network: str, batch: int, repetitions: int, advance: Call = lambda: None
+) -> list[dict]:
+    """Returns a row for each of `FROZEN`: bytes on the device, and the time of an evaluation.
+
+    Arguments are as `compare_methods` takes them.
+    """
+    cases, stored = {}, {}
+    for name, config in FROZEN.items():
+        problem = make_problem(network, batch, FULL, config)
+        held, run = problem.state.variables, problem.model.apply
+        if config is not None:
+            held, run = freeze(problem.model, held, problem.images), FrozenModel.apply
+        cases[name] = _compile(run, held, problem.images)
+        stored[name] = sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+        advance()
+    calls = {name: case.run for name, case in cases.items()}
+    seconds = time_in_turns(calls, repetitions, advance)
+    return [
+        {
+            **_timed(network, batch, name, "seconds", seconds),
+            "stored_bytes": stored[name],
+            "temp_bytes": case.temp_bytes,
+            "peak_bytes": stored[name] + case.temp_bytes,
+        }
+        for name, case in cases.items()
     ]
 
 
@@ -276,7 +315,7 @@ def compare_fit(network: str, batch: int, steps: int, steps_per_call: int) -> di
 def cost_curve(
     points: Mapping[float, tuple[str, int, QuantConfig | None]],
     repetitions: int,
-    advance: Callable[[], Any] = lambda: None,
+    advance: Call = lambda: None,
 ) -> list[dict]:
     """Returns a row for each point, in full precision and in mu-law, all of them in turns.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from compand_jax.data.packages import needed_for
+from compand_jax.experiments.text import markdown_table
 
 with needed_for("a picture", "matplotlib"):
     from matplotlib.figure import Figure
@@ -22,16 +23,16 @@ def benchmark_text(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     parts = []
     if record["steps"]:
-        parts.append(_table(_STEP_HEADER, [_step_row(row) for row in record["steps"]]))
+        parts.append(markdown_table([_STEP_HEADER, *map(_step_row, record["steps"])]))
     parts.append(
         "Ratios are to full precision, of the same network and repetition: the median of "
         f"{record['config']['repetitions']} repetitions in turns, with the lowest and highest."
     )
     if record.get("copies"):
         rows = [_copy_row(row) for row in record["copies"]]
-        parts.append(_table(_COPY_HEADER, rows))
+        parts.append(markdown_table([_COPY_HEADER, *rows]))
     if record.get("frozen"):
-        parts.append(_table(_FROZEN_HEADER, [_frozen_row(row) for row in record["frozen"]]))
+        parts.append(markdown_table([_FROZEN_HEADER, *map(_frozen_row, record["frozen"])]))
         parts.append(
             "An evaluation from packed codes. Peak memory: all weights as they lie on the device, "
             "and the compiled function's temporary memory."
@@ -44,7 +45,7 @@ def benchmark_text(record: Mapping[str, Any]) -> str:
             f"{row['share']:.2f} of its bare step's {row['bare_images_per_second']:.0f}."
         )
     for name, rows in record.get("curves", {}).items():
-        parts.append(_table((CURVES[name], *_CURVE_HEADER), [_curve_row(row) for row in rows]))
+        parts.append(markdown_table([(CURVES[name], *_CURVE_HEADER), *map(_curve_row, rows)]))
     parts.append(f"{versions}; {record['devices']}; {record['date']}.")
     return "\n\n".join(parts)
 
@@ -119,11 +120,6 @@ def _curve_row(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['full_compile_seconds']:.1f}",
         f"{row['mu_law_compile_seconds']:.1f}",
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:

@@ -14,9 +14,7 @@ import pytest
 import report
 
 from compand_jax.experiments.benchmark import measure as benchmark
-from compand_jax.experiments.benchmark import measure_frozen as benchmark_frozen
 from compand_jax.experiments.benchmark.measure import FULL, METHODS, MU_LAW, QWIX
-from compand_jax.experiments.benchmark.measure_frozen import compare_frozen
 from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
 
 STEP = {
@@ -111,10 +109,10 @@ def test_rows_of_a_small_network():
 
 
 def test_rows_of_a_frozen_network(monkeypatch):
-    monkeypatch.delitem(benchmark_frozen.FROZEN, "frozen mu-law W4A4")  # to compile less
+    monkeypatch.delitem(benchmark.FROZEN, "frozen mu-law W4A4")  # to compile less
     advanced = []
     with jax.numpy_dtype_promotion("standard"):
-        rows = compare_frozen("plain-4", 2, 1, advance=lambda: advanced.append(1))
+        rows = benchmark.compare_frozen("plain-4", 2, 1, advance=lambda: advanced.append(1))
     assert [row["method"] for row in rows] == [FULL, "frozen mu-law W4"]
     assert len(advanced) == 2 + 2 * 2
     assert set(rows[1]) == set(RECORD["frozen"][0])
