@@ -44,26 +44,26 @@ def freeze(
 ) -> FrozenModel:
     """Returns a quantized model for inference alone: packed codes and tables instead of kernels.
 
-    The model is run on zeros of the sample's shapes. That tells the weights which layers compute
-    from their parameters (WeightNorm), and the file what to know the model by.
+    The model is traced on the sample. That finds the layers that compute their weights from their
+    parameters (WeightNorm, a mask), and tells a file what to know the model by.
 
     Args:
       qmodel: The quantized model.
       variables: As its `apply` takes them, with "compand".
-      *sample: Arguments of the model, of which only shapes count, such as one batch of inputs;
-        `jax.ShapeDtypeStruct` in place of arrays will do.
-      fold_norms: Whether to fold every batch norm that sees nothing but a quantized layer's
-        float32 output: its factor goes into the weight's scales, an addition is left of it. The
-        model then runs in evaluation alone.
+      *sample: Arguments of the model, such as one batch of inputs. Only their shapes count;
+        `jax.ShapeDtypeStruct` can take the place of arrays.
+      fold_norms: Whether to fold every batch norm whose only input is a quantized layer's float32
+        output. Its factor goes into the weight's scales, and an addition is left of it. The
+        frozen model then runs in evaluation alone.
       **kwargs: Further arguments of the model's `apply`, such as `train=False` or `method`.
 
     Returns:
       A `FrozenModel`, whose `apply(*args, **kwargs)` returns what the jitted `qmodel.apply`
-      returns on the same backend, to the last bit. With `fold_norms` to rounding, which can flip
-      an activation's code.
+      returns on the same backend, to the last bit. With `fold_norms` it is equal to rounding
+      only, and rounding can flip an activation's code.
 
     Raises:
-      TypeError: `qmodel` is none, or does not take such a sample.
+      TypeError: `qmodel` is no QuantizedModel, or its model does not take such a sample.
       ValueError: "compand" is missing; a weight is not finite, in float64, or differs between the
         layers of a stack that compute it from their parameters; or there is no batch norm to fold.
 

@@ -49,14 +49,17 @@ class FrozenModel:
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the quantized model's jitted `apply` returns, bit for bit.
 
-        It is compiled once for each shape of the arguments, and for each value of those that are
-        static: all but arrays and Python floats. A float is traced, as `jax.jit` does it; where
-        the model needs its value (as a rate of dropout), it is static too. A model that returns
-        objects that are no pytrees is not compiled.
+        It is compiled, once for each shape of the arrays among the arguments. Python floats are
+        traced as well, as `jax.jit` does it. All other arguments are static: each new value
+        compiles again. So does a float's where the model needs its value (as a rate of dropout). A
+        model that returns objects that are no pytrees is not compiled.
 
         Args:
-          *args: The Linen module's arguments.
+          *args: As the Linen module's `apply`, without the variables.
           **kwargs: As the Linen module's `apply` (`method`, `rngs`, `train=False`, ...).
+
+        Returns:
+          The model's output; with `mutable`, a pair of it and of the collections that changed.
 
         Raises:
           ValueError: a layer computes its weight from its parameters, and did not run so when the
@@ -93,22 +96,26 @@ class FrozenModel:
         )
 
     def apply_dense(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what `apply` does, not compiled, with weights expanded before the model runs.
+        """Returns what `apply` returns, not compiled, from weights expanded before the model runs.
 
-        For converters, which know neither the types nor the calls that `apply` uses.
+        It is for converters, which do not know the types and calls that `apply` uses.
         """
         return run_expanded(self.model, self._weights, self.act_site, args, kwargs, dense=True)
 
     def variables(self, *, dense: bool = False) -> dict[str, Any]:
-        """Returns the model's variables; where a kernel would be, its levels or carriers of codes.
+        """Returns the model's variables, with something else in the place of quantized kernels.
 
         Args:
-          dense: Whether to expand the codes.
+          dense: Whether that is the kernel's levels, as an array of its shape and dtype. If not,
+            it is the kernel's codes, in a form that only `apply` can use.
         """
         return self._weights.variables(dense=dense)
 
     def weight(self, site: str) -> Array:
-        """Returns a site's weight, expanded from its codes.
+        """Returns a site's weight as the levels of its codes, of its own shape and dtype.
+
+        Args:
+          site: Its name, such as "block1/conv2".
 
         Raises:
           ValueError: the site's weight is in full precision.
@@ -116,15 +123,15 @@ class FrozenModel:
         return self._weights.weight(site)
 
     def shifts(self) -> dict[str, Array]:
-        """Returns what is added in the place of every batch norm that is folded, by its path."""
+        """Returns by batch norm, of those that are folded, what is added in its place."""
         return self._weights.shifts()
 
     def summary(self) -> str:
-        """Returns a table of sizes: a row per weight, one for what is in full precision, and all.
+        """Returns a table of sizes as text: a row per weight, one for full precision, and a sum.
 
-        Packed bytes and their tables' bytes; the entropy of the codes in bits, and the bytes that
-        they would take under an ideal coder; the bytes in float32, and how many times as many
-        those are. A file has a header besides.
+        A row has the bytes of the packed codes and of their tables, the entropy of the codes in
+        bits, the bytes that an ideal coder would need, the bytes in float32, and the ratio of
+        those to all bytes here. A file has a header besides.
         """
         return summarize_frozen(self.sites, self.arrays)
 
@@ -134,9 +141,9 @@ class FrozenModel:
         """Writes the model to a safetensors file, and reads it back as `load_frozen` does.
 
         Args:
-          path: Of the file; it is complete, or as it was before.
+          path: Of the file. Whatever happens, it is complete or as it was before.
           compress: Whether to store codes by zlib where that takes fewer bytes.
-          info: What else to write into its description, as JSON, such as how to make the model.
+          info: What else to write into the file, as JSON, such as how to make the model.
 
         Raises:
           OSError: the file cannot be written.
@@ -248,15 +255,18 @@ def load_frozen(path: str | Path, model: Any, *sample: Any, **kwargs: Any) -> Fr
     """Returns the frozen model of a file that `FrozenModel.save` wrote.
 
     Args:
-      path: Of the file; it is not trusted.
+      path: Of the file. It is not trusted: all of it is checked, and no code is read from it.
       model: The Linen module that was frozen.
-      *sample: As `freeze` was given it, where the file could not hold it (named tuples, objects):
-        that is said by an error.
+      *sample: What `freeze` was given, only for a file that cannot hold it (named tuples,
+        objects). An error says so where it is missing.
       **kwargs: Likewise.
+
+    Returns:
+      A `FrozenModel`, equal to the one that was saved.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is damaged, of another version or of another model.
+      ValueError: the file is damaged, of another version or of another model; or it needs a sample.
     """
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
