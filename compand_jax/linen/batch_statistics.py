@@ -11,7 +11,7 @@ once or often, however many times it runs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +33,7 @@ _ALONE = {"axis_name": None, "axis_index_groups": None}
 
 
 def estimate_batch_stats(
-    variables: Mapping[str, Any], batches: Iterable, update: Callable[[Mapping, tuple], Any]
+    variables: Mapping[str, Any], batches: Any, update: Callable[[Mapping, tuple], Any]
 ) -> dict[str, Any]:
     """Returns `batch_stats` with, for the batch norms, the mean over the examples of what they see.
 

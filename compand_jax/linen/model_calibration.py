@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +27,13 @@ from compand_jax.calibration.samples import (
     sample_from_weights,
 )
 from compand_jax.layers import parametrization as par
-from compand_jax.layers.batches import all_finite, each_batch, require_concrete
+from compand_jax.layers.batches import (
+    all_finite,
+    check_call,
+    each_batch,
+    labels_explained,
+    require_concrete,
+)
 from compand_jax.layers.config import QuantConfig, require_choice
 from compand_jax.layers.observation import Layer, Observer
 from compand_jax.layers.sites import Site, check_signs, sites_from_observers
@@ -92,6 +98,8 @@ class Observations:
                 seen = self.activations.get(site)
                 self.activations[site] = value if seen is None else merge_histograms(seen, value)
         for site, values in traced["moments"].items():
+            if not values:  # a branch that this batch did not take
+                continue
             parts = [np.asarray(value) for value in values]
             seen = self.moments.get(site)
             self.moments[site] = sum(parts[1:], parts[0]) + (0 if seen is None else seen)
@@ -100,7 +108,7 @@ class Observations:
 def observe(
     model: nn.Module,
     variables: Mapping[str, Any],
-    batches: Iterable,
+    batches: Any,
     model_kwargs: Mapping[str, Any],
     *,
     at_output: bool,
@@ -120,8 +128,8 @@ def observe(
 
     Raises:
       TypeError: `batches` are none, or this is called under `jax.jit`.
-      ValueError: there are no batches, one is empty, a layer ran on none of them, or a weight, a
-        batch or an activation that is looked at is not finite.
+      ValueError: there are no batches, one is empty, or a weight, a batch or an activation that is
+        looked at is not finite.
     """
     require_concrete("variables", variables)
     seen = Observations()
@@ -145,8 +153,12 @@ def observe(
         return observer.traced, all_finite(args)
 
     jitted = jax.jit(run)
+    method = model_kwargs.get("method") or "__call__"
+    method = getattr(model, method) if isinstance(method, str) else functools.partial(method, model)
     for i, args in enumerate(each_batch(batches)):
-        traced, finite = jitted(variables, args)
+        check_call(method, args, model_kwargs)
+        with labels_explained():
+            traced, finite = jitted(variables, args)
         jax.effects_barrier()
         if not finite:
             raise ValueError(
@@ -154,11 +166,6 @@ def observe(
                 "leave it out"
             )
         seen.add(traced, i)
-    for site, weights in seen.weights.items():
-        if not weights:
-            raise ValueError(
-                f"`batches` must reach every layer, site {site!r} is in a branch that none took"
-            )
     return seen
 
 
@@ -195,13 +202,20 @@ def observed_sites(config: QuantConfig, seen: Observations) -> dict[str, Site]:
     """Returns the sites, their activations signed as they were seen unless that is configured.
 
     Raises:
-      ValueError: there are none, a rule matches none, or activations of one bit have a sign.
+      ValueError: there are none, a rule matches none, activations of one bit have a sign, or a
+        layer that is quantized ran on no batch.
     """
     sites = sites_from_observers(config, seen.observers)
     if config.act_signed is None:
         for name, data in seen.activations.items():
             sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
     check_signs(sites)
+    for name, site in sites.items():
+        if site.operands() and not seen.weights.get(name):
+            raise ValueError(
+                f"`batches` must reach every layer that is quantized, site {name!r} is in a branch "
+                "that none took: add one that does, or leave the site in full precision by a rule"
+            )
     return sites
 
 

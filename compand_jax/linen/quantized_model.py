@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -144,7 +144,7 @@ class QuantizedModel:
     def calibrate(
         self,
         variables: Mapping[str, Any],
-        batches: Iterable,
+        batches: Any,
         *,
         calibration: str = "mse",
         percentile: ArrayLike = 99.9,
@@ -169,7 +169,7 @@ class QuantizedModel:
 
         Args:
           variables: The model's collections. A "compand" among them is replaced.
-          batches: Iterable of batches. A batch is the model's argument, or a tuple of its
+          batches: Iterable or sequence of batches. A batch is the model's argument, or a tuple of its
             arguments; examples lie along the leading axis of the first one. Batches may differ in
             size.
           calibration: "mse", "absmax", "percentile" or "output".

@@ -67,9 +67,24 @@ def test_a_branch_has_to_be_taken():
     assert float(values["b"]["act_scale"]) == pytest.approx(2 * top, rel=1e-5)
     assert not qmodel.sites["a"].act_signed
     assert np.any(qmodel.apply(found, x) != Either().apply(variables, x))
-    match = r"`batches` must reach every layer, site 'b' is in a branch that none took"
+    match = r"`batches` must reach every layer that is quantized, site 'b' is in a branch that"
     with pytest.raises(ValueError, match=match):
         quantized(Either()).calibrate(variables, [x], calibration="absmax")
+    for operand in ("weight_bits", "act_bits"):  # quantized in part is quantized
+        config = cj.QuantConfig(weight_bits=3, act_bits=3, rules=(cj.Rule("b", **{operand: None}),))
+        with pytest.raises(ValueError, match=match):
+            cj.quantize_model(Either(), config).calibrate(variables, [x])
+
+
+def test_a_branch_in_full_precision_need_not_be_taken():
+    variables, x = drawn(Either(), X), jnp.abs(X)
+    rule = cj.Rule("b", weight_bits=None, act_bits=None)
+    config = cj.QuantConfig(weight_bits=3, act_bits=3, rules=(rule,))
+    for arguments in ({}, {"calibration": "output", "error_feedback": True}):
+        qmodel, found = cj.quantize_model(Either(), config).calibrate(variables, [x], **arguments)
+        assert set(qmodel.quantizers(found)) == {"a"}
+        assert np.any(qmodel.apply(found, x) != Either().apply(variables, x))
+        np.testing.assert_array_equal(qmodel.apply(found, -x), Either().apply(variables, -x))
 
 
 @pytest.mark.parametrize("model", [SetUp(), Twice(), Stack("scan")])
