@@ -169,9 +169,9 @@ class QuantizedModel:
 
         Args:
           variables: The model's collections. A "compand" among them is replaced.
-          batches: Iterable or sequence of batches. A batch is the model's argument, or a tuple of its
-            arguments; examples lie along the leading axis of the first one. Batches may differ in
-            size.
+          batches: Iterable or sequence of batches. A batch is the model's argument, or a tuple of
+            its arguments; examples lie along the leading axis of the first one. Batches may
+            differ in size.
           calibration: "mse", "absmax", "percentile" or "output".
           percentile: Percent of the magnitudes, in (0, 100], for the calibration of that name.
           mu: A mu to give every tensor, 0 to 255; only the scales are found then. None finds mu
