@@ -146,3 +146,12 @@ def test_address_is_the_same_everywhere():
     found = [url for path in files for url in own.findall(path.read_text())]
     assert found
     assert set(found) == {address}
+
+
+def test_a_commit_is_checked_as_ci_checks_it():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    entries = re.findall(r"^ +entry: (.*)$", hooks, re.MULTILINE)
+    ours = {entry.partition(" --")[0] for entry in entries}
+    ci = (ROOT / ".ci/run").read_text()
+    checks = re.findall(r'^check ".*" "((?:ruff|lint-imports|pyright)[^"]*)"$', ci, re.MULTILINE)
+    assert ours == {re.sub(r" (--check )?\.$", "", check) for check in checks}
