@@ -18,6 +18,8 @@ from compand_jax.layers.parametrization import scale_from_rho as scale_from_rho
 from compand_jax.layers.parametrization import theta_from_mu as theta_from_mu
 from compand_jax.layers.partition import partition_optimizer as partition_optimizer
 from compand_jax.layers.sites import Site as Site
+from compand_jax.layers.sites import sites_from_json as sites_from_json
+from compand_jax.layers.sites import sites_to_json as sites_to_json
 from compand_jax.linen.quantized_model import QuantizedModel as QuantizedModel
 from compand_jax.linen.quantized_model import quantize_model as quantize_model
 from compand_jax.models.torch_weights import import_state_dict as import_state_dict

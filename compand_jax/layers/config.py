@@ -27,13 +27,15 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check_weights(bits: Any, grid: str) -> None:
+def check_weights(bits: Any, grid: str) -> None:
+    """Raises ValueError where weights cannot be quantized to these bits on this grid."""
     require_choice("grid", grid, GRIDS)
     if bits is not None:
         _named("weight_bits", "grid='midrise'", check_spec, bits, True, grid)
 
 
-def _check_acts(bits: Any, signed: bool | None) -> None:
+def check_acts(bits: Any, signed: bool | None) -> None:
+    """Raises ValueError where activations cannot be quantized to these bits; None is unknown."""
     if signed is not None and not isinstance(signed, bool):
         raise ValueError(f"`act_signed` must be True, False or None, got {signed!r}")
     # Where calibration decides, one bit may be unsigned, so only the range is known here.
@@ -94,9 +96,9 @@ class Rule:
             require_choice(name, getattr(self, name), (INHERIT, *choices))
         # The grid that a rule's bits go with may be the config's, which checks them together.
         if self.weight_bits != INHERIT:
-            _check_weights(self.weight_bits, "midrise" if self.grid == INHERIT else self.grid)
+            check_weights(self.weight_bits, "midrise" if self.grid == INHERIT else self.grid)
         if self.act_bits != INHERIT:
-            _check_acts(self.act_bits, None)
+            check_acts(self.act_bits, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +154,8 @@ class QuantConfig:
             ("scale_gradient", SCALE_GRADIENTS),
         ):
             require_choice(name, getattr(self, name), choices)
-        _check_weights(self.weight_bits, self.grid)
-        _check_acts(self.act_bits, self.act_signed)
+        check_weights(self.weight_bits, self.grid)
+        check_acts(self.act_bits, self.act_signed)
         if not isinstance(self.mu_init, numbers.Real) or not 0 <= self.mu_init <= 255:
             raise ValueError(f"`mu_init` must be from 0 to 255, got {self.mu_init!r}")
         if not isinstance(self.rules, tuple | list) or not all(

@@ -38,7 +38,9 @@ class LayerQuantizer:
         """Returns the quantized weight and, unless it is done at the output, activation."""
         self.visited.add(layer.site)
         if activation is not None and self._config.act_site == "input":
+            self._check_act(layer.site)
             activation = self._quantize(layer.site, "act", activation)
+        self._check_granularity(layer)
         return activation, self._quantize(layer.site, "weight", weight)
 
     def output(self, layer: Layer, output: Array) -> Array:
@@ -46,6 +48,26 @@ class LayerQuantizer:
         if self._config.act_site == "input":
             return output
         return self._quantize(layer.site, "act", output)
+
+    def _check_act(self, name: str) -> None:
+        if self._config.at(name).act_bits is not None and self._site(name).act_bits is None:
+            raise ValueError(
+                f"`sites` must be of the same config, site {name!r} was calibrated without "
+                f"act_bits, the config has {self._config.at(name).act_bits}: calibrate again, with "
+                "this method"
+            )
+
+    def _check_granularity(self, layer: Layer) -> None:
+        rho = par.get_leaf(self._compand, par.scale_path(layer.site, "weight"))
+        granularity = self._config.at(layer.site).weight_granularity
+        if rho is None or not layer.channel_axes:
+            return
+        if bool(jnp.ndim(rho)) != (granularity == "channel"):
+            raise ValueError(
+                f"`variables` must hold compand/{'/'.join(par.scale_path(layer.site, 'weight'))} "
+                f"for weight_granularity={granularity!r}, got one of shape {jnp.shape(rho)}: they "
+                "were made by another config, make them with this model's init or calibrate"
+            )
 
     def _quantize(self, name: str, operand: str, x: Array) -> Array:
         site, config = self._site(name), self._config

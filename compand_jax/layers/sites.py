@@ -4,13 +4,38 @@ It belongs to the model, not to its variables, and a checkpoint stores it beside
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compand_jax.core.codebooks import Spec, check_spec
-from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.config import (
+    ACT_SITES,
+    QUANTIZERS,
+    QuantConfig,
+    check_acts,
+    check_weights,
+    require_choice,
+)
 from compand_jax.layers.observation import Observer
+
+
+def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a site's fields, axes as a tuple; raises ValueError where one is out of its range."""
+    check_weights(fields["weight_bits"], fields["grid"])
+    # One bit has no sign: that is checked where it is used, once calibration has decided.
+    check_acts(fields["act_bits"], None)
+    require_choice("quantizer", fields["quantizer"], QUANTIZERS)
+    require_choice("act_site", fields["act_site"], ACT_SITES)
+    if not isinstance(fields["act_signed"], bool):
+        raise ValueError(f"`act_signed` must be True or False, got {fields['act_signed']!r}")
+    axes = fields["scale_axes"]
+    if not isinstance(axes, tuple | list) or not all(type(axis) is int for axis in axes):
+        raise ValueError(f"`scale_axes` must be integers, got {axes!r}")
+    if any(axis >= 0 for axis in axes) or len(set(axes)) < len(axes):
+        raise ValueError(f"`scale_axes` must be negative, and each of them once, got {axes!r}")
+    return {**fields, "scale_axes": tuple(axes)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +49,10 @@ class Site:
       grid: The weights' grid, "midtread" or "midrise"; activations are midtread.
       scale_axes: The weight's axes, from the end, that have a scale of their own each.
       act_signed: Whether the activations have a sign.
+      act_site: Which activations, the layer's "input" or its "output".
+
+    Raises:
+      ValueError: a field is out of its range.
     """
 
     weight_bits: int | None
@@ -32,6 +61,11 @@ class Site:
     grid: str = "midtread"
     scale_axes: tuple[int, ...] = ()
     act_signed: bool = True
+    act_site: str = "input"
+
+    def __post_init__(self) -> None:
+        for name, value in _checked(vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def operands(self) -> tuple[str, ...]:
         """Returns which of "weight" and "act" are quantized."""
@@ -73,6 +107,7 @@ def site_from_config(
         grid=config.grid,
         scale_axes=channel_axes if config.weight_granularity == "channel" else (),
         act_signed=config.act_signed is not False,
+        act_site=config.act_site,
     )
 
 
@@ -124,14 +159,98 @@ def check_signs(sites: Mapping[str, Site]) -> None:
                 raise ValueError(f"site {name!r}: {error}") from None
 
 
-def sites_to_json(sites: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
-    """Returns sites as what JSON can hold; `sites_from_json` is the inverse."""
-    return {name: dataclasses.asdict(site) for name, site in sites.items()}
+def check_sites(config: QuantConfig, sites: Mapping[str, Site]) -> None:
+    """Raises ValueError, naming a site and a field, where a config contradicts calibrated sites.
+
+    A site without activations may be one that has none to quantize (a look-up, the last layer).
+    """
+    check_rules(config, sites)
+    for name, site in sites.items():
+        own = config.at(name)
+        fields: dict[str, tuple[Any, Any]] = {"weight_bits": (site.weight_bits, own.weight_bits)}
+        if site.operands():
+            fields["quantizer"] = site.quantizer, own.quantizer
+        if site.weight_bits is not None:
+            fields["grid"] = site.grid, own.grid
+        if site.weight_bits is not None and site.scale_axes:  # without, it may have no channels
+            fields["weight_granularity"] = "channel", own.weight_granularity
+        if site.act_bits is not None:
+            fields["act_bits"] = site.act_bits, own.act_bits
+            fields["act_site"] = site.act_site, own.act_site
+            if own.act_signed is not None:
+                fields["act_signed"] = site.act_signed, own.act_signed
+        for field, (calibrated, configured) in fields.items():
+            if calibrated != configured:
+                raise ValueError(
+                    f"`sites` must be of the same config, site {name!r} was calibrated with "
+                    f"{field}={calibrated!r}, the config has {configured!r}: give the config that "
+                    "they were calibrated with, or calibrate again"
+                )
 
 
-def sites_from_json(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Site]:
-    """Returns the sites that `sites_to_json` wrote."""
-    return {
-        name: Site(**{**fields, "scale_axes": tuple(fields["scale_axes"])})  # JSON has lists only
-        for name, fields in data.items()
-    }
+def sites_to_json(sites: Mapping[str, Site]) -> str:
+    """Returns a calibrated model's `sites` as JSON, to be stored with a checkpoint.
+
+    A checkpoint of `variables` holds every mu and scale; the signs that calibration found are in
+    the sites, without which the model takes every activation to be signed.
+
+    >>> sites = {"conv": Site(4, 8, scale_axes=(-1,)), "head": Site(8, None)}
+    >>> sites_from_json(sites_to_json(sites)) == sites
+    True
+    """
+    require_sites(sites)
+    fields = {name: dataclasses.asdict(site) for name, site in sites.items()}
+    return json.dumps(fields, default=int)  # bits may be NumPy's integers
+
+
+def sites_from_json(text: str | bytes) -> dict[str, Site]:
+    """Returns the sites that `sites_to_json` wrote, for `quantize_model(..., sites=...)`.
+
+    Raises:
+      ValueError: the text is no JSON, or a site has another field than a `Site`, lacks one, or
+        has one that is out of its range.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`text` must be JSON that sites_to_json wrote: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"`text` must be a JSON object of sites, got one of type {type(found).__name__}"
+        )
+    sites = {name: _site_from_fields(name, fields) for name, fields in found.items()}
+    check_signs(sites)
+    return sites
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name comes twice among {', '.join(name for name, _ in pairs)}")
+    return found
+
+
+def _site_from_fields(name: str, fields: Any) -> Site:
+    expected = [field.name for field in dataclasses.fields(Site)]
+    if not isinstance(fields, dict) or set(fields) != set(expected):
+        got = ", ".join(fields) if isinstance(fields, dict) else repr(fields)
+        raise ValueError(f"site {name!r} must have the fields {', '.join(expected)}, got {got}")
+    try:
+        return Site(**_checked(fields))
+    except ValueError as error:
+        raise ValueError(f"site {name!r}: {error}") from None
+
+
+def require_sites(sites: Any) -> None:
+    """Raises TypeError where these are not sites by name."""
+    if not isinstance(sites, Mapping):
+        raise TypeError(
+            f"`sites` must be a calibrated model's, got {type(sites).__name__}: calibrate it, or "
+            "read them by sites_from_json"
+        )
+    for name, site in sites.items():
+        if not isinstance(site, Site):
+            raise TypeError(
+                f"`sites` must be Site objects by name, got {type(site).__name__} at {name!r}: "
+                "read them by sites_from_json"
+            )

@@ -16,7 +16,7 @@ from jaxtyping import Array
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.layer_quantizer import LayerQuantizer
-from compand_jax.layers.sites import Site, check_rules, site_from_config
+from compand_jax.layers.sites import Site, check_sites, require_sites, site_from_config
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
 from compand_jax.linen.interception import intercept_layers
@@ -41,22 +41,22 @@ def quantize_model(
     Args:
       model: Any Linen module.
       config: What to quantize and how.
-      sites: A calibrated model's `sites`, to go with a checkpoint of its variables; None for a
-        model to be calibrated.
+      sites: A calibrated model's `sites`, to go with a checkpoint of its variables (stored by
+        `sites_to_json`); None for a model to be calibrated.
 
     Returns:
       A `QuantizedModel`, to be used as a Linen module is: `init`, `apply`.
 
     Raises:
-      TypeError: `model` is no Linen module, or `config` no QuantConfig.
-      ValueError: a rule matches none of `sites`.
+      TypeError: `model` is no Linen module, `config` no QuantConfig, or `sites` no sites.
+      ValueError: a rule matches none of `sites`, or they were calibrated with another config.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"`config` must be a QuantConfig, got {type(config).__name__}")
     if sites is not None:
-        check_rules(config, sites)
+        require_sites(sites)
         sites = FrozenDict(sites)
     return QuantizedModel(model, config, sites)
 
@@ -74,6 +74,10 @@ class QuantizedModel:
     model: nn.Module
     config: QuantConfig
     sites: Mapping[str, Site] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sites is not None:
+            check_sites(self.config, self.sites)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the model's own variables, and with them "compand", a first mu and scale each.

@@ -1,7 +1,5 @@
 """Who shares a mu, what rules change, where activations are quantized, and what sites store."""
 
-import json
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +22,6 @@ from small_models import (
 
 import compand_jax as cj
 from compand_jax.layers.parametrization import mu_from_theta
-from compand_jax.layers.sites import sites_from_json, sites_to_json
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the quantized model is not calibrated"  # these draw their mu and scales
@@ -233,22 +230,6 @@ def test_scale_gradients_as_in_lsq():
 
 
 # Sites as values
-
-
-@pytest.mark.quick
-def test_sites_survive_json():
-    sites = {
-        "": cj.Site(4, None),
-        "a/b": cj.Site(2, 8, "uniform", "midrise", (-2, -1), act_signed=False),
-    }
-    stored = json.dumps(sites_to_json(sites))
-    loaded = sites_from_json(json.loads(stored))
-    assert loaded == sites
-    assert hash(loaded["a/b"]) == hash(sites["a/b"])
-    qmodel = cj.quantize_model(SetUp(), cj.QuantConfig(), sites=loaded)
-    assert hash(qmodel) == hash(cj.quantize_model(SetUp(), cj.QuantConfig(), sites=sites))
-    assert qmodel == cj.quantize_model(SetUp(), cj.QuantConfig(), sites=sites)
-    assert dict(qmodel.sites) == sites
 
 
 @pytest.mark.quick

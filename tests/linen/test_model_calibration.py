@@ -1,7 +1,6 @@
 """`calibrate`: what is seen of a model over batches, and what is made of it."""
 
 import dataclasses
-import json
 import warnings
 
 import flax.linen as nn
@@ -26,7 +25,6 @@ import compand_jax as cj
 from compand_jax.calibration.fit import Group, fit_groups
 from compand_jax.calibration.samples import sample_from_weights
 from compand_jax.core.codebooks import Spec
-from compand_jax.layers.sites import sites_from_json, sites_to_json
 
 X = normal(5, 4)
 BATCHES = (X, normal(5, 4, seed=1), 2 * normal(3, 4, seed=2))  # the last one is smaller
@@ -258,7 +256,7 @@ def test_calibration_is_deterministic(model):
 @pytest.mark.quick
 def test_stored_sites_go_with_stored_variables():
     after, variables = calibrated(Rectified())
-    sites = sites_from_json(json.loads(json.dumps(sites_to_json(after.sites))))
+    sites = cj.sites_from_json(cj.sites_to_json(after.sites))
     loaded = cj.quantize_model(Rectified(), after.config, sites=sites)
     assert loaded == after
     assert hash(loaded) == hash(after)

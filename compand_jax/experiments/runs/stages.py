@@ -1,6 +1,7 @@
 """A run's stages: what is trained in each, by which optimizer, and from where it starts."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def start_or_resume(
     assert model.sites is not None
     stage = dataclasses.replace(stage, model=model)
     metadata = {
-        "sites": sites_to_json(model.sites),
+        "sites": json.loads(sites_to_json(model.sites)),
         "calibrated_correct": count_correct(config, data, model, variables),
     }
     return stage, create_state(variables, stage.tx, finetune_key), metadata
@@ -144,7 +145,7 @@ def resume(
         return None
     _, state, metadata = restored
     if stage.quantized is not None:
-        sites = sites_from_json(metadata["sites"])
+        sites = sites_from_json(json.dumps(metadata["sites"]))
         model = quantize_model(stage.quantized.model, stage.quantized.config, sites=sites)
         stage = dataclasses.replace(stage, model=model)
     return stage, state, metadata
