@@ -44,7 +44,7 @@ def test_sites_survive_json():
     sites = {
         "": cj.Site(4, None),
         "a/b": cj.Site(2, 8, "uniform", "midrise", (-2, -1), act_signed=False, act_site="output"),
-        "quote\" and \\ and ä": cj.Site(1, 1, grid="midrise", act_signed=False),
+        'quote" and \\ and ä': cj.Site(1, 1, grid="midrise", act_signed=False),
     }
     text = cj.sites_to_json(sites)
     for stored in (text, text.encode()):
