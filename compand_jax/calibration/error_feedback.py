@@ -6,7 +6,8 @@ are not yet are in closed form; with the Cholesky factor U^T U = H^-1, U upper t
 
     q_k = Q(w_k)        w_j <- w_j - U_kj (w_k - q_k) / U_kk        for all j > k
 
-Inputs are taken in order of falling H_kk, and H is damped on its diagonal. This is the algorithm of
+Inputs are taken in order of falling H_kk, and H is damped on its diagonal. The update reaches the
+inputs of the same block at once, all others once the block is through. This is the algorithm of
 Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers",
 ICLR 2023, after Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain
 Surgeon", NIPS 1992; Q is here a mu-law quantizer.
@@ -16,13 +17,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
-from compand_jax.core.codebooks import Spec
+from compand_jax.core.codebooks import Spec, half_table, take
 from compand_jax.core.quantizers import fake_quantize
 
 # Of the mean of the diagonal, as in GPTQ's section 3.3.
 _DAMPING = 0.01
+# Inputs, as in section 3.3, step 2: the update of all that is left is then bound by arithmetic.
+_BLOCK = 128
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -57,28 +61,62 @@ def round_with_feedback(
     identity = jnp.eye(len(moments), dtype=moments.dtype)
     upper = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
 
-    quantize = functools.partial(
-        fake_quantize,
-        mu=mu,
-        scale=scales[:, None],
-        bits=spec.bits,
-        signed=spec.signed,
-        grid=spec.grid,
+    rounded = _round_in_blocks(rows[:, order].T, upper, mu, scales, spec).T
+    plain = fake_quantize(
+        rows, mu, scales[:, None], bits=spec.bits, signed=spec.signed, grid=spec.grid
     )
-
-    def round_next(k: Array, rows: Array) -> Array:
-        column = jax.lax.dynamic_slice_in_dim(rows, k, 1, 1)
-        quantized = quantize(column)
-        factors = jax.lax.dynamic_slice_in_dim(upper, k, 1, 0)
-        factors = factors / jax.lax.dynamic_slice_in_dim(factors, k, 1, 1)
-        rows = rows - (column - quantized) * factors
-        return jax.lax.dynamic_update_slice_in_dim(rows, quantized, k, 1)
-
-    rounded = jax.lax.fori_loop(0, len(moments), round_next, rows[:, order])
-    rounded, plain = rounded[:, jnp.argsort(order)], quantize(rows)
+    rounded = rounded[:, jnp.argsort(order)]
 
     def output_error(quantized: Array) -> Array:
         change = rows - quantized
         return jnp.sum(change * jnp.matmul(change, moments, precision="highest"), 1, keepdims=True)
 
     return jnp.where(output_error(rounded) < output_error(plain), rounded, plain)
+
+
+def _round_in_blocks(
+    columns: Float[Array, "n rows"],
+    upper: Float[Array, "n n"],
+    mu: Float[Array, ""],
+    scales: Float[Array, "rows"],
+    spec: Spec,
+) -> Float[Array, "n rows"]:
+    """Returns levels, what is left to be rounded being updated after each block of inputs.
+
+    Within a block its inputs alone are; of all others the sum over the block is one product.
+    """
+    n = len(columns)
+    block = min(_BLOCK, n)
+    rest = -n % block
+    # An input more, whose factors are all zero, changes nothing.
+    columns = jnp.pad(columns, ((0, rest), (0, 0)))
+    factors = jnp.pad(upper / jnp.diagonal(upper)[:, None], ((0, rest), (0, rest)))
+    # Outside of the loop, so that it is made once.
+    levels, thresholds = half_table(mu, scales, spec)
+    side = "right" if spec.midrise else "left"  # at a tie: the outer level, or the inner one
+
+    def quantize(column: Array) -> Array:
+        count = functools.partial(jnp.searchsorted, side=side, method="scan_unrolled")
+        magnitude = jnp.abs(column) if spec.signed else jnp.maximum(column, 0)
+        level = take(levels, jax.vmap(count)(thresholds, magnitude))
+        return jnp.where(column < 0, 0 - level, level)
+
+    def round_block(b: Array, columns: Array) -> Array:
+        start = b * block
+        own = lax.dynamic_slice_in_dim(columns, start, block)
+        onward = lax.dynamic_slice_in_dim(factors, start, block)
+        within = lax.dynamic_slice_in_dim(onward, start, block, 1)
+
+        def round_next(k: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+            own, errors = state
+            quantized = quantize(own[k])
+            error = own[k] - quantized
+            own = own - within[k][:, None] * error[None]
+            return own.at[k].set(quantized), errors.at[k].set(error)
+
+        own, errors = lax.fori_loop(0, block, round_next, (own, jnp.zeros_like(own)))
+        # The block's own rows are overwritten, those before it have factors of zero.
+        columns = columns - jnp.matmul(onward.T, errors, precision="highest")
+        return lax.dynamic_update_slice_in_dim(columns, own, start, 0)
+
+    return lax.fori_loop(0, (n + rest) // block, round_block, columns)[:n]
