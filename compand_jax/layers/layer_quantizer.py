@@ -14,7 +14,7 @@ from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Layer
-from compand_jax.layers.sites import Site
+from compand_jax.layers.sites import Site, require_real
 
 
 class LayerQuantizer:
@@ -73,6 +73,7 @@ class LayerQuantizer:
         site, config = self._site(name), self._config
         if operand not in site.operands():
             return x
+        require_real(name, operand, x.dtype)
         parameters = par.read_parameters(self._compand, name, operand, config)
         if parameters is None:
             if operand == "act" and config.act_site == "output":  # the last layer's

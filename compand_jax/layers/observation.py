@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core.tracers import current_trace
 from jax.ad_checkpoint import checkpoint_name
@@ -60,6 +61,7 @@ class Observer:
         self.weight_shapes: dict[str, tuple[int, ...]] = {}
         self.activations: set[str] = set()
         self.last_site: str | None = None
+        self.complex: dict[str, dict[str, Any]] = {}  # types of what is not recorded, by operand
         kinds = ("activation", "weight", "moments")
         self.traced: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
         self.called_back: dict[str, dict[str, list]] = {kind: {} for kind in kinds}
@@ -79,7 +81,8 @@ class Observer:
         self._compute("weight", layer.site, weight)
         if activation is not None and not self._at_output:
             self._compute("activation", layer.site, activation)
-        if activation is not None and self._moments is not None:
+        known = activation is not None and layer.site not in self.complex
+        if known and self._moments is not None:
             self._record("moments", layer.site, self._moments(layer, activation, weight))
         return activation, weight
 
@@ -96,6 +99,9 @@ class Observer:
     def _compute(self, what: str, site: str, x: Array) -> None:
         if what == "activation":
             self.activations.add(site)
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            self.complex.setdefault(site, {})["act" if what == "activation" else what] = x.dtype
+            return
         if (function := self._functions[what]) is not None:
             self._record(what, site, function(x))
 

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+
 from compand_jax.core.codebooks import Spec, check_spec
 from compand_jax.layers.config import (
     ACT_SITES,
@@ -115,8 +117,10 @@ def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> 
     """Returns the sites of the layers that were observed.
 
     Raises:
+      TypeError: what is to be quantized is complex.
       ValueError: there are none, or a rule of the config matches none of them.
     """
+    observers = list(observers)
     layers: dict = {}
     with_act: set[str] = set()
     for observer in observers:
@@ -130,12 +134,27 @@ def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> 
             "ConvTranspose, ConvLocal or Embed), found none"
         )
     check_rules(config, layers)
-    return {
+    sites = {
         name: site_from_config(
             config, name, channel_axes=layer.channel_axes, has_act=name in with_act
         )
         for name, layer in layers.items()
     }
+    for observer in observers:
+        for name, types in observer.complex.items():
+            for operand in types.keys() & sites[name].operands():
+                require_real(name, operand, types[operand])
+    return sites
+
+
+def require_real(site: str, operand: str, dtype: Any) -> None:
+    """Raises TypeError, naming the site, where what is to be quantized is complex."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        what = {"weight": "weights", "act": "activations"}[operand]
+        raise TypeError(
+            f"site {site!r} has {what} of type {jnp.dtype(dtype).name}, which cannot be quantized: "
+            f"leave it in full precision by Rule({site!r}, weight_bits=None, act_bits=None)"
+        )
 
 
 def check_rules(config: QuantConfig, sites: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import Scope
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from compand_jax.layers.observation import Layer
@@ -45,23 +46,21 @@ class _Promotion:
         self._visitor, self._layer, self._promote = visitor, layer, promote
         self.saw_activation = False
 
-    def __call__(self, *operands: Array | None, **kwargs: Any) -> Any:
-        first, *rest = operands
-        if not rest:  # Embed looks up integers, which are not in the list
-            _, weight = self._visitor.operands(self._layer, None, _floating(first))
-            return self._promote(weight, **kwargs)
-        self.saw_activation = True
-        weight, *biases = rest
-        return self._promote(
-            *self._visitor.operands(self._layer, _floating(first), _floating(weight)),
-            *biases,
-            **kwargs,
-        )
+    def __call__(self, *operands: Any, **kwargs: Any) -> Any:
+        looked_up = len(operands) == 1  # Embed looks up integers, which are not among them
+        given = [None, *operands] if looked_up else list(operands[:2])
+        shown = [None if x is None else _inexact(x) for x in given]
+        found = self._visitor.operands(self._layer, *shown)
+        # What the visitor leaves alone is passed on as it was, whatever its type.
+        used = [old if new is seen else new
+                for old, seen, new in zip(given, shown, found, strict=True)]  # fmt: skip
+        self.saw_activation = not looked_up
+        return self._promote(*used[looked_up:], *operands[2:], **kwargs)
 
 
-def _floating(x: Array | None) -> Array:
+def _inexact(x: ArrayLike) -> Array:
     x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
 
 
 @contextlib.contextmanager

@@ -211,7 +211,8 @@ def observed_sites(config: QuantConfig, seen: Observations) -> dict[str, Site]:
             sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
     check_signs(sites)
     for name, site in sites.items():
-        if site.operands() and not seen.weights.get(name):
+        missed = {"weight": not seen.weights.get(name), "act": name not in seen.activations}
+        if any(missed[operand] for operand in site.operands()):
             raise ValueError(
                 f"`batches` must reach every layer that is quantized, site {name!r} is in a branch "
                 "that none took: add one that does, or leave the site in full precision by a rule"
@@ -252,8 +253,10 @@ def fit_parameters(
             par.set_leaf(compand, path, par.theta_from_mu(fit.mu))
         for (name, operand), scales in zip(group, fit.scales, strict=True):
             scale = jnp.asarray(scales, jnp.float32)
-            shape = sites[name].scale_shape(seen.weights[name][0].shape)
-            scale = scale.reshape(shape if operand == "weight" else ())
+            shape = ()
+            if operand == "weight":
+                shape = sites[name].scale_shape(seen.weights[name][0].shape)
+            scale = scale.reshape(shape)
             par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
     return compand
 
