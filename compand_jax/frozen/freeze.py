@@ -59,8 +59,8 @@ def freeze(
 
     Returns:
       A `FrozenModel`, whose `apply(*args, **kwargs)` returns what the jitted `qmodel.apply`
-      returns on the same backend, to the last bit. With `fold_norms` it is equal to rounding
-      only, and rounding can flip an activation's code.
+      returns on the same backend, to within rounding: see there how far. With `fold_norms` the
+      rounding is that of other scales. Either can flip an activation's code.
 
     Raises:
       TypeError: `qmodel` is no QuantizedModel, or its model does not take such a sample.

@@ -1,4 +1,4 @@
-"""Frozen models: bit for bit what the jitted quantized model computes, from packed codes alone."""
+"""Frozen models: what the jitted quantized model computes, from packed codes alone."""
 
 import flax.linen as nn
 import jax
@@ -18,38 +18,58 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def assert_frozen_equals(model, config, x):
+# Of the largest output, what XLA's rounding of a function by the loop that it is in moves an output:
+# 1.2e-7 at most for any layer and network here. A code that is wrong moves it by more than 1e-3.
+ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
+
+
+def assert_frozen_equals(model, config, x, rounding=ROUNDING):
     qmodel = cj.quantize_model(model, config)
     variables = drawn(qmodel, x)
     frozen = cj.freeze(qmodel, variables, x)
     expected = jax.jit(qmodel.apply)(variables, x)
     found = frozen.apply(x)
     assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected)
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding * largest)
     return qmodel, variables, frozen
 
 
 def one_cell_each():
     """Every layer at one of three settings in turn; bits from 2 to 8, both grids."""
     for i, name in enumerate(LAYERS):
-        yield name, i, CELLS[i % len(CELLS)]
+        dtype, act_site, granularity = CELLS[i % len(CELLS)]
+        config = cj.QuantConfig(
+            weight_bits=2 + i % 7,
+            act_bits=2 + i % 3,
+            act_site=act_site,
+            weight_granularity=granularity,
+            grid=("midtread", "midrise")[i % 2],
+        )
+        yield name, dtype, config
 
 
-@pytest.mark.parametrize(("name", "i", "cell"), list(one_cell_each()))
-def test_layers_are_bit_identical(name, i, cell):
+def layer_and_input(name, dtype):
     make, shape, _ = LAYERS[name]
-    dtype, act_site, granularity = cell
     kwargs = {} if dtype == jnp.float32 else {"dtype": dtype}
-    config = cj.QuantConfig(
-        weight_bits=2 + i % 7,
-        act_bits=2 + i % 3,
-        act_site=act_site,
-        weight_granularity=granularity,
-        grid=("midtread", "midrise")[i % 2],
-    )
-    model = Net(make(**kwargs), **kwargs)
-    _, _, frozen = assert_frozen_equals(model, config, normal(*shape, dtype=dtype))
+    return make(**kwargs), normal(*shape, dtype=dtype), kwargs
+
+
+@pytest.mark.parametrize(("name", "dtype", "config"), list(one_cell_each()))
+def test_layers_in_a_network_are_the_same_within_rounding(name, dtype, config):
+    layer, x, kwargs = layer_and_input(name, dtype)
+    _, _, frozen = assert_frozen_equals(Net(layer, **kwargs), config, x)
     assert_no_kernels(frozen)
+
+
+# To attend is no call of the layer by itself.
+@pytest.mark.parametrize(
+    ("name", "dtype", "config"), [cell for cell in one_cell_each() if cell[0] != "attend"]
+)
+def test_layers_alone_are_bit_identical(name, dtype, config):
+    layer, x, _ = layer_and_input(name, dtype)
+    assert_frozen_equals(layer, config, x, rounding=0)
 
 
 def assert_no_kernels(frozen):
@@ -68,7 +88,7 @@ SMALL = [name for name in NETWORKS if "transformer" not in name]
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_networks_are_bit_identical(name):
+def test_networks_are_the_same_within_rounding(name):
     model, x, _ = network(name)
     i = SMALL.index(name)
     config = cj.QuantConfig(

@@ -146,7 +146,7 @@ def quantized_params(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> di
     """Returns `params` with every quantized kernel replaced by its levels.
 
     For models whose layers use their kernels as they are stored: the model itself with these
-    computes what the quantized model does whose activations are in full precision, bit for bit.
+    computes what the quantized model does whose activations are in full precision.
     """
     flat = dict(flatten_dict(variables["params"]))
     for name, found in qmodel.quantizers(variables).items():
