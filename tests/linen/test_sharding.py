@@ -113,7 +113,7 @@ def test_parameters_cast_to_differ_have_the_lsq_gradients_of_one_device():
 @pytest.mark.parametrize("bits", [3, 8])
 def test_frozen_models_run_under_shard_map(bits):
     qmodel, variables = calibrated(bits=bits, weight_granularity="channel")
-    frozen = qmodel.freeze(variables, X)
+    frozen = cj.freeze(qmodel, variables, X)
 
     @functools.partial(
         jax.shard_map, mesh=data_mesh(), in_specs=(P(), P("data")), out_specs=P("data")
