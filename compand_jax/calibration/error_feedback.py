@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from compand_jax.core.codebooks import Spec, half_table, take
+from compand_jax.core._xla import take
+from compand_jax.core.codebooks import Spec, half_table
 from compand_jax.core.quantizers import fake_quantize
 
 # Of the mean of the diagonal, as in GPTQ's section 3.3.
