@@ -54,6 +54,7 @@ assert config.at("layers_0").weight_bits == 8 and config.at("layers_2").weight_b
     "docs/calibration.md": """
 kernels = [tree["params"]["layers_0"]["kernel"] for tree in (variables, rounded)]
 assert (kernels[0] != kernels[1]).any() and len(jnp.unique(kernels[1][:, 0])) <= 7
+assert again == small
 """,
     "docs/frozen_format.md": """
 assert (frozen.apply(x) == logits).all()

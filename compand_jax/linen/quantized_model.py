@@ -303,7 +303,8 @@ class QuantizedModel:
 
         A site's row has the bits, mu and scale of its weight and of its activation, the weight's
         ratio of signal to quantization noise in dB, its bytes packed and in float32, and whether
-        the activation has a sign.
+        the activation has a sign. Named below are the parameters of two axes and more that are no
+        site's weight, also those that a site's layer multiplies by itself.
 
         Args:
           variables: As `apply` takes them.

@@ -10,7 +10,6 @@ from jaxtyping import Array
 
 from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
-from compand_jax.layers import parametrization as par
 from compand_jax.layers.sites import Site
 
 _HEADER = (
@@ -22,8 +21,20 @@ WEIGHT_NAMES = ("kernel", "embedding")
 
 def site_weight(params: Mapping[str, Any], name: str) -> Any:
     """Returns the weight under a site's module path in `params`; None where it has another name."""
-    module = par.get_leaf(nn.meta.unbox(params), par.site_path(name)) or {}
+    module = _module(nn.meta.unbox(params), name) or {}
     return next((module[key] for key in WEIGHT_NAMES if key in module), None)
+
+
+def _module(params: Any, name: str) -> Any:
+    """Returns the parameters of the module of that name, in which modules' own may have slashes."""
+    if not name:
+        return params
+    for key, inner in params.items() if isinstance(params, Mapping) else ():
+        if f"{name}/".startswith(f"{key}/"):
+            found = _module(inner, name[len(key) + 1 :])
+            if found is not None:
+                return found
+    return None
 
 
 def summarize(
@@ -37,9 +48,22 @@ def summarize(
     left = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
-        if np.ndim(leaf) > 1 and "/".join(key.key for key in path[:-1]) not in quantized
+        if np.ndim(leaf) > 1 and not _is_quantized(params, quantized, [key.key for key in path])
     ]
     return f"{align([_HEADER, *rows])}\nweights not quantized: {', '.join(left) or 'none'}"
+
+
+def _is_quantized(params: Mapping[str, Any], quantized: set[str], path: list[str]) -> bool:
+    """Whether a leaf is a quantized layer's weight, or its bias, which multiplies nothing.
+
+    Others in the same module the layer multiplies by itself. Where it has no weight of a known
+    name, the weight is computed from them.
+    """
+    *module, leaf = path
+    name = "/".join(module)
+    if name not in quantized:
+        return False
+    return leaf in (*WEIGHT_NAMES, "bias") or site_weight(params, name) is None
 
 
 def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tuple[str, ...]:

@@ -129,6 +129,63 @@ def test_activations_alone():
     assert rows["first"]["act bits"] == "4"
 
 
+class LowRank(nn.Dense):
+    """A dense layer that adds a product of its own, of two more parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        normal = nn.initializers.normal()
+        a = self.param("lora_a", normal, (x.shape[-1], 2))
+        b = self.param("lora_b", normal, (2, self.features))
+        return super().__call__(x) + x @ a @ b
+
+
+class Heads(nn.Module):
+    """Layers with parameters of their own in one place or another, and a bias of two axes."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.DenseGeneral((2, 4), name="heads")(LowRank(4, name="a/b")(x))
+        table = self.param("table", nn.initializers.normal(), (2, 4))
+        return LowRank(3, name="last")(x * table[None])
+
+
+def test_what_a_quantized_layer_multiplies_by_itself_is_named():
+    qmodel = cj.quantize_model(LowRank(3), cj.QuantConfig())
+    rows, left = table(qmodel, drawn(qmodel, X))
+    assert list(rows) == ["(model)"]
+    assert left == ["lora_a", "lora_b"]
+    qmodel = cj.quantize_model(Heads(), cj.QuantConfig())
+    rows, left = table(qmodel, drawn(qmodel, X))
+    assert list(rows) == ["a/b", "heads", "last"]
+    assert left == ["a/b/lora_a", "a/b/lora_b", "last/lora_a", "last/lora_b", "table"]
+    assert [rows[name]["float32 bytes"] for name in rows] == ["64", "128", "48"]
+
+
+def merged(variables):
+    product = variables["params"]["lora_a"] @ variables["params"]["lora_b"]
+    return {"params": {"kernel": product, "bias": variables["params"]["bias"]}}
+
+
+class Factors(nn.Module):
+    """A layer whose kernel is computed from two parameters, which are none of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        parameters = {
+            name: self.param(name, nn.initializers.normal(), shape)
+            for name, shape in {"lora_a": (4, 2), "lora_b": (2, 3), "bias": (3,)}.items()
+        }
+        return nn.Dense(3, parent=None).apply(merged({"params": parameters}), x)
+
+
+def test_what_a_weight_is_computed_from_is_not_named():
+    qmodel = cj.quantize_model(Factors(), cj.QuantConfig())
+    rows, left = table(qmodel, drawn(qmodel, X))
+    assert list(rows) == ["(model)"]
+    assert left == ["none"]
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_a_stack_is_one_row(granularity):
     config = cj.QuantConfig(weight_bits=3, weight_granularity=granularity)
