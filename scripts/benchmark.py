@@ -25,7 +25,8 @@ from compand_jax.experiments.benchmark.measure import (
     quantized,
 )
 from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
-from compand_jax.experiments.records import provenance, write_json, write_text
+from compand_jax.experiments.errors import require, user_errors
+from compand_jax.experiments.records import make_writable, provenance, write_json, write_text
 from compand_jax.layers.config import QuantConfig
 
 _PARTS = ("steps", "copies", "frozen", "fit", *CURVES)
@@ -56,18 +57,15 @@ class Args:
 
     def __post_init__(self):
         for name, known in (("methods", METHODS), ("parts", _PARTS)):
-            if unknown := [value for value in getattr(self, name) if value not in known]:
-                raise ValueError(
-                    f"`{name}` must be of {', '.join(known)}, got {', '.join(unknown)}: change it"
-                )
+            require(self, name, set(getattr(self, name)) <= set(known), f"of {', '.join(known)}")
         for name in ("repetitions", "size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+            require(self, name, getattr(self, name) >= 1, "at least 1")
         for text in self.networks:
             network, _, batch = text.partition(":")
-            if not batch.isdecimal() or int(batch) < 1:
-                raise ValueError(f"`networks` must be NETWORK:BATCH, got {text}: give a batch size")
-            make_network(network)
+            ok = batch.isdecimal() and int(batch) >= 1
+            require(self, "networks", ok, "NETWORK:BATCH, each batch a size of at least 1")
+            with user_errors(ValueError):
+                make_network(network)
 
 
 def main(args: list[str]) -> None:
@@ -79,7 +77,7 @@ def main(args: list[str]) -> None:
     if QWIX in methods:  # before any work, if it is not there
         quantized(make_network("cnn"), QWIX, None)
     record_dir = options.record_dir or Path(f"results/benchmark-{jax.default_backend()}")
-    record_dir.mkdir(parents=True, exist_ok=True)
+    make_writable({"record_dir": (record_dir, 0)})
     record = measure(options, methods)
     write_json(record_dir / "benchmark.json", record)
     text = benchmark_text(record)

@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 from command_line import parse, run_script
 
-from compand_jax.experiments.records import provenance, write_json, write_text
-from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.records import make_writable, provenance, write_json, write_text
+from compand_jax.experiments.runs.config import FULL_PRECISION, Method, RunConfig
 from compand_jax.experiments.runs.directory import read_results
 from compand_jax.experiments.runs.run import run
 from compand_jax.experiments.text import markdown_table
 
 _DTYPES = ("float32", "bfloat16")
-_METHOD = "mu_law-per_layer"
+_METHOD = Method("mu_law", "per_layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +42,9 @@ def main(args: list[str]) -> None:
     """Trains, prints and records."""
     options = parse(Args, args, description=__doc__)
     if options.seeds < 2:
-        raise ValueError(f"`seeds` must be at least 2, got {options.seeds}: a spread needs more")
-    options.record_dir.mkdir(parents=True, exist_ok=True)
-    accuracies: dict[str, dict[str, list[float]]] = {FULL_PRECISION: {}, _METHOD: {}}
+        raise UserError(f"`seeds` must be at least 2, got {options.seeds}: a spread needs more")
+    make_writable({"record_dir": (options.record_dir, 0)})
+    accuracies: dict[str, dict[str, list[float]]] = {FULL_PRECISION: {}, _METHOD.name: {}}
     for dtype in _DTYPES:
         for seed in range(options.seeds):
             directory = options.run_dir / f"{dtype}-{seed}"

@@ -9,13 +9,10 @@ import tyro
 from command_line import parse, run_script
 
 from compand_jax.data.images import load_data
-from compand_jax.experiments.runs.artifacts import compare, count_correct, load_predictor
-from compand_jax.experiments.runs.run import (
-    evaluate_stage,
-    finished_stages,
-    load_run_data,
-    read_config,
-)
+from compand_jax.experiments.errors import UserError, user_errors
+from compand_jax.experiments.runs.directory import find_stages, read_config
+from compand_jax.experiments.runs.export import compare, load_predictor, logits
+from compand_jax.experiments.runs.run import evaluate_stage, load_run_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +37,14 @@ def main(args: list[str]) -> None:
         return
     for name in ("against", "images"):
         if getattr(options, name) is not None:
-            raise ValueError(
+            raise UserError(
                 f"`{name}` goes with a file that export.py wrote, got {options.run_dir}: "
                 "leave it out"
             )
-    run_dir, only = options.run_dir, None
-    if not (run_dir / "config.json").is_file() and (run_dir.parent / "config.json").is_file():
-        run_dir, only = run_dir.absolute().parent, run_dir.absolute().name
+    run_dir, names = find_stages(options.run_dir)
     config = read_config(run_dir)
-    names = finished_stages(run_dir)
-    if only is not None:
-        names = [name for name in names if name == only]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"`run_dir` must have a finished stage, got {options.run_dir} with none: "
             "finish the run with scripts/train.py"
         )
@@ -65,24 +57,20 @@ def _evaluate_file(options: Args) -> None:
     predict, name = load_predictor(options.run_dir)
     other = None if options.against is None else load_predictor(options.against)
     if other is not None and other[1] != name:
-        raise ValueError(
+        raise UserError(
             f"`against` must be for the same data set, {name}, got {options.against} for "
             f"{other[1]}: give a file of the same network"
         )
-    data = load_data(name, options.data_dir or "data")
-    if options.images is not None:
-        if not 1 <= options.images <= len(data.test_labels):
-            raise ValueError(
-                f"`images` must be from 1 to {len(data.test_labels)}, got {options.images}"
-            )
-        data = dataclasses.replace(
-            data,
-            test_images=data.test_images[: options.images],
-            test_labels=data.test_labels[: options.images],
-        )
-    _print(options.run_dir.name, count_correct(predict, data), len(data.test_labels))
+    with user_errors(OSError, ValueError):
+        data = load_data(name, options.data_dir or "data")
+    count = len(data.test_labels)
+    if options.images is not None and not 1 <= options.images <= count:
+        raise UserError(f"`images` must be from 1 to {count}, got {options.images}")
+    images, labels = data.test_images[: options.images], data.test_labels[: options.images]
+    found = logits(predict, images)
+    _print(options.run_dir.name, int((found.argmax(-1) == labels).sum()), len(labels))
     if other is not None:
-        print(f"{options.against}: {compare(predict, other[0], data.test_images)}", flush=True)
+        print(f"{options.against}: {compare(found, logits(other[0], images))}", flush=True)
 
 
 def _print(name: str, correct: int, total: int) -> None:

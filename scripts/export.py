@@ -11,15 +11,11 @@ from typing import Annotated, Literal
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.data.images import load_data
-from compand_jax.experiments.runs.artifacts import (
-    compare,
-    export,
-    freeze_stage,
-    predictor,
-    quantized_stages,
-)
-from compand_jax.experiments.runs.directory import read_config
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION
+from compand_jax.experiments.runs.directory import find_stages, read_config
+from compand_jax.experiments.runs.export import compare, export, freeze_stage, logits, predictor
+from compand_jax.experiments.runs.run import load_run_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,32 +42,30 @@ def main(args: list[str]) -> None:
     """Prints a table of sizes and the file's name."""
     options = parse(Args, args, description=__doc__)
     if options.compress and options.format != "safetensors":
-        raise ValueError(f"`compress` goes with safetensors, got {options.format}: leave it out")
-    run_dir, only = options.run_dir, None
-    if not (run_dir / "config.json").is_file() and (run_dir.parent / "config.json").is_file():
-        run_dir, only = run_dir.absolute().parent, run_dir.absolute().name
+        raise UserError(f"`compress` goes with safetensors, got {options.format}: leave it out")
+    run_dir, names = find_stages(options.run_dir)
     config = read_config(run_dir)
-    data = load_data(config.dataset, options.data_dir or config.data_dir)
-    names = [name for name in quantized_stages(config, data) if only in (None, name)]
+    names = [name for name in names if name not in (FULL_PRECISION, CONTROL.name)]
     if not names:
-        raise ValueError(
+        raise UserError(
             f"`run_dir` must have a finished quantized stage, got {options.run_dir} with none: "
             "finish the run with scripts/train.py"
         )
-    name = names[-1]
+    name, data = names[-1], load_run_data(config, options.data_dir)
     path = options.output or run_dir / name / f"{name}.{options.format}"
     if path.suffix != f".{options.format}":
-        raise ValueError(f"`output` must end in .{options.format}, got {path}: rename it")
+        raise UserError(f"`output` must end in .{options.format}, got {path}: rename it")
     frozen = freeze_stage(config, data, name, fold_norms=options.fold_norms)
     export(frozen, config, data, path, options.format, options.compress)
     print(frozen.summary())
     if options.fold_norms:
+        images = data.test_images[:1000]
         folded, plain = (
-            predictor(each, data.mean, data.std)
+            logits(predictor(each, data.mean, data.std), images)
             for each in (frozen, freeze_stage(config, data, name))
         )
-        found = compare(folded, plain, data.test_images[:1000])
-        print(f"\n{len(frozen.shifts())} of its batch norms folded, against none: {found}")
+        shifts = len(frozen.shifts())
+        print(f"\n{shifts} of its batch norms folded, against none: {compare(folded, plain)}")
     print(f"\n{name}, {path.stat().st_size} bytes: {path}")
 
 

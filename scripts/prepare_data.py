@@ -10,6 +10,7 @@ from command_line import parse, run_script
 
 from compand_jax.data.cifar import is_prepared
 from compand_jax.data.images import prepare_cifar
+from compand_jax.experiments.errors import user_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ def main(args: list[str]) -> None:
     if is_prepared(options.name, options.data_dir):
         print(f"{options.name} is already prepared in {options.data_dir}: nothing to do")
         return
-    path = prepare_cifar(options.name, options.archive, options.data_dir)
+    with user_errors(OSError, ValueError):  # of the archive, or of a disk that is full
+        path = prepare_cifar(options.name, options.archive, options.data_dir)
     print(f"{options.name} is prepared in {path}")
 
 

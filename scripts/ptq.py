@@ -9,6 +9,7 @@ import sys
 import tyro
 from command_line import parse, run_script
 
+from compand_jax.experiments.errors import user_errors
 from compand_jax.experiments.ptq.run import PostTrainingConfig, run
 
 
@@ -16,7 +17,8 @@ def main(args: list[str]) -> None:
     """Runs one part, prints what its record says, and where that is."""
     kind = tyro.conf.PositionalRequiredArgs[PostTrainingConfig]
     config = parse(kind, args, description=__doc__)
-    text, directory = run(config)
+    with user_errors(OSError):  # of a disk that is full
+        text, directory = run(config)
     print(f"\n{text}\nIn {directory}: results.json, results.md, CSV tables and pictures")
 
 

@@ -2,8 +2,8 @@
 
 Usage: study.py PRESET --out DIR. Every cell of the preset's grid is a training of its own. The same
 command started again goes on where it was: a finished cell is not run again, one that was
-stopped goes on at its last checkpoint, one that failed is tried again. Several processes may share
-DIR, each with a part of the grid (--shard i/n) or all with the whole of it.
+stopped goes on at its last checkpoint, one that failed is tried again. Several processes may be
+given the same command: each takes cells that no other one is at.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from typing import Annotated
 import tyro
 from command_line import parse, run_script
 
-from compand_jax.experiments.study.estimates import estimates_table
+from compand_jax.experiments.errors import UserError, user_errors
 from compand_jax.experiments.study.grid import STUDIES, study_cells
-from compand_jax.experiments.study.run import Study, run_study, shard
+from compand_jax.experiments.study.listing import list_cells
+from compand_jax.experiments.study.run import Study, run_study
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +29,7 @@ class Args:
     out: Path
     """Directory of the study: parents, cells, records."""
     dry_run: bool = False
-    """List the cells, and how long they take by the steps measured; train nothing."""
-    shard: str = "0/1"
-    """Run part i of n, as i/n; i counts from 0 or from 1."""
+    """List the cells and their steps, and their time where a finished one shows it; train none."""
     parents: Path | None = None
     """Directory of the full-precision parents, as another study left them; finished ones are taken
     as they are. Left out, DIR/parents."""
@@ -51,19 +50,19 @@ def main(args: list[str]) -> None:
     options = parse(Args, args, description=f"{__doc__}\nPresets:\n{lines}")
     checkpoint = None if options.checkpoint is None else options.checkpoint.absolute()
     if checkpoint is not None and not checkpoint.is_file():
-        raise FileNotFoundError(f"`checkpoint` must be a file, got {checkpoint}: correct it")
+        raise UserError(f"`checkpoint` must be a file, got {checkpoint}: correct it")
     cells = study_cells(options.preset, checkpoint=checkpoint, networks=options.networks)
-    cells = shard(cells, options.shard)
     parents = options.parents or options.out / "parents"
     study = Study(
         options.preset, options.out, parents, options.data_dir, options.discard_checkpoints
     )
     if options.dry_run:
-        print(estimates_table(study, cells))
+        print(list_cells(study, cells))
         return
-    failed = run_study(study, cells)
+    with user_errors(OSError):  # of a disk that is full
+        failed = run_study(study, cells)
     if failed:
-        raise ValueError(
+        raise UserError(
             f"`preset` must run whole, got {len(failed)} failed cells, {failed[0]} first: see "
             f"{options.out / 'failures'}, and give the same command again"
         )

@@ -8,7 +8,8 @@ import sys
 
 from command_line import parse, run_script
 
-from compand_jax.experiments.runs.config import PRESETS, RunConfig, preset
+from compand_jax.experiments.runs.config import RunConfig
+from compand_jax.experiments.runs.presets import PRESETS, preset
 from compand_jax.experiments.runs.run import run
 from compand_jax.training.distributed import initialize, is_main
 

@@ -29,3 +29,13 @@ def error_of(result):
     assert err.endswith("\n")
     assert err.count("\n") == 1
     return err.removeprefix("error: ").strip()
+
+
+def refusal_of(result):
+    """The same, or else what the parser of the arguments says, its box and its lines taken away."""
+    status, out, err = result
+    if err.startswith("error: "):
+        return error_of(result)
+    assert (status, out) == (2, "")
+    assert "Traceback" not in err
+    return " ".join(" ".join(line.strip("│ ") for line in err.splitlines()).split())

@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 
-class UserError(ValueError):
-    """What its user has to change: a script prints it as one line. A bug keeps its traceback."""
+class UserError(Exception):
+    """What its user has to change: a script prints it as one line. A bug keeps its traceback.
+
+    It is no ValueError, which tyro would print in a form of its own where a field's is wrong.
+    """
 
 
 @contextlib.contextmanager
@@ -22,8 +25,6 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
-        raise
     except kinds as error:
         # The number that the system puts in front of its messages tells a user nothing.
         text = str(error).removeprefix(f"[Errno {getattr(error, 'errno', None)}] ")

@@ -14,13 +14,14 @@ import study
 import train
 
 # Fixtures are imported to be found (F401), and named again where they are used (F811).
-from scripts_called import call, error_of  # noqa: F401
+from scripts_called import call, error_of, refusal_of  # noqa: F401
 from tiny_runs import SCRIPTS, snapshot, standard_promotion, tiny, tiny_config  # noqa: F401
 
 from compand_jax import QuantConfig, Rule
 from compand_jax.experiments.runs import run as experiments
 from compand_jax.experiments.runs import stages
-from compand_jax.experiments.runs.config import PRESETS, RunConfig, to_json
+from compand_jax.experiments.runs.config import Method, RunConfig, to_json
+from compand_jax.experiments.runs.presets import PRESETS
 
 
 @pytest.mark.quick
@@ -29,9 +30,9 @@ from compand_jax.experiments.runs.config import PRESETS, RunConfig, to_json
     [
         ("--quant.weight-bits 0", "`weight_bits` must be an integer from 1 to 8, got 0"),
         ("--quant.weight-bits 9", "`weight_bits` must be an integer from 1 to 8, got 9"),
-        ("--quant.weight-bits 2.5", "--quant.weight-bits` must be {None}|INT, got '2.5': see"),
+        ("--quant.weight-bits 2.5", "parsing --quant.weight-bits: .* int() with base 10: '2.5'"),
         ("--quant.act-bits 0", "`act_bits` must be an integer from 1 to 8, got 0"),
-        ("--quant.act-bits 2.5", "--quant.act-bits` must be {None}|INT, got '2.5': see --help"),
+        ("--quant.act-bits 2.5", "Error parsing --quant.act-bits: .* int() with base 10: '2.5'"),
         ("--quant.weight-bits 1", "`weight_bits` must be at least 2 for a signed midtread grid"),
         ("--quant.mu-scope all", "`mu_scope` must be one of single, separate, per_layer, got"),
         ("--quant.grid mid", "`grid` must be one of midtread, midrise, got 'mid'"),
@@ -44,12 +45,13 @@ from compand_jax.experiments.runs.config import PRESETS, RunConfig, to_json
         ('--quant.rules {"pattern":"a","weight_bits":12}', "`weight_bits` must be an integer"),
         ("--dataset mnist", "`dataset` must be one of digits, cifar10, cifar100, got 'mnist'"),
         ("--model lenet", "`model` must be one of cnn, alexnet, .*, got 'lenet': change it"),
-        ("--methods mu_law", r"`methods` must be different ones of .*, got ('mu_law',)"),
+        ("--methods mu_law", "invalid choice 'mu_law' for argument '--methods'. Expected one of"),
+        ("--methods uniform uniform", "`methods` must be different ones of .*, got (Method("),
         ("lenet-cifar10", "`preset` must be one of digits, alexnet-cifar10, .*, got 'lenet-ci"),
-        ("--epochs x", "`--epochs`: invalid literal for int() with base 10: 'x': see --help"),
+        ("--epochs x", "Error parsing --epochs: invalid literal for int() with base 10: 'x'"),
         ("--epochs", "Missing value for argument '--epochs'"),
-        ("--epocs 3", "Unrecognized options: --epocs.*: see --help"),
-        ("digits more", "Unrecognized options: more: see --help"),
+        ("--epocs 3", "Unrecognized options: --epocs"),
+        ("digits more", "Unrecognized options: more"),
         ("--learning-rate nan", "`learning_rate` must be a finite number of at least 0, got nan"),
         ("--batch-size 1440", "`batch_size` must be at most the 1437 images of the training split"),
         ("--batch-size 60", "`batch_size` must be a multiple of the 8 devices, got 60: choose"),
@@ -61,7 +63,7 @@ from compand_jax.experiments.runs.config import PRESETS, RunConfig, to_json
 )
 def test_errors_of_train(call, tmp_path, arguments, message):  # noqa: F811
     given = arguments.replace("{tmp}", str(tmp_path)).split(" ")
-    text = error_of(call(train, *given, "--run-dir", tmp_path / "run"))
+    text = refusal_of(call(train, *given, "--run-dir", tmp_path / "run"))
     pattern = re.escape(message).replace(re.escape(".*"), ".*")
     assert re.search(pattern, text), text
     assert not list(tmp_path.iterdir())
@@ -77,9 +79,9 @@ def test_errors_of_evaluate(call, tmp_path):  # noqa: F811
     assert text.startswith(
         f"`run_dir` must have a finished stage, got {tmp_path} with none: finish"
     )
-    assert "A run's directory" in error_of(call(evaluate))
+    assert "A run's directory" in refusal_of(call(evaluate))
     (tmp_path / "config.json").write_text("{")
-    assert "which is no JSON" in error_of(call(evaluate, tmp_path))
+    assert "must be a JSON file, got" in error_of(call(evaluate, tmp_path))
 
 
 @pytest.mark.quick
@@ -87,7 +89,6 @@ def test_errors_of_evaluate(call, tmp_path):  # noqa: F811
     ("arguments", "message"),
     [
         ("tiny", "`preset` must be one of paper, literature, laptop, smoke, vgg19-short, got 'ti"),
-        ("smoke --shard 3/2", "`shard` must be i/n with i from 0 to n - 1 (or from 1 to n), got"),
         ("literature --checkpoint none.npz", "`checkpoint` must be a file, got"),
         ("smoke --networks vgg19", "`networks` must be of cnn, got vgg19: correct it"),
         ("", "--out"),
@@ -95,7 +96,7 @@ def test_errors_of_evaluate(call, tmp_path):  # noqa: F811
 )
 def test_errors_of_study(call, tmp_path, arguments, message):  # noqa: F811
     given = [*arguments.split(), "--out", tmp_path / "out"] if arguments else ["smoke"]
-    assert message in error_of(call(study, *given))
+    assert message in refusal_of(call(study, *given))
     assert not list(tmp_path.iterdir())
 
 
@@ -116,9 +117,23 @@ def test_exit_status_of_the_process(tmp_path):
     script, run_dir = str(SCRIPTS / "train.py"), str(tmp_path / "run")
     command = [sys.executable, script, "--quant.weight-bits", "9", "--run-dir", run_dir]
     process = subprocess.run(command, capture_output=True, text=True)
-    assert error_of((process.returncode, process.stdout, process.stderr)) == (
-        "`weight_bits` must be an integer from 1 to 8, got 9"
+    assert "`weight_bits` must be an integer from 1 to 8, got 9" in refusal_of(
+        (process.returncode, process.stdout, process.stderr)
     )
+    process = subprocess.run([*command[:2], "lenet"], capture_output=True, text=True)
+    assert error_of((process.returncode, process.stdout, process.stderr)).startswith(
+        "`preset` must be one of digits, "
+    )
+
+
+@pytest.mark.quick
+def test_a_bug_keeps_its_traceback(call, monkeypatch, tmp_path):  # noqa: F811
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train, "run", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        call(train, "--run-dir", tmp_path / "run")
 
 
 SCRIPTS_WITH_HELP = "train", "evaluate", "prepare_data", "ptq", "export", "study", "report"
@@ -195,7 +210,7 @@ UNITS = {
 
 def plain(value):
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
+        return " ".join(getattr(each, "name", str(each)) for each in value)
     return str(value)
 
 
@@ -242,7 +257,7 @@ def test_fields_are_overridden(call, monkeypatch):  # noqa: F811
         PRESETS["alexnet-cifar10"],
         epochs=5,
         flip=False,
-        methods=("uniform", "mu_law-single"),
+        methods=(Method("uniform"), Method("mu_law", "single")),
         quant=quant,
         record_dir=seen[0].record_dir,
     )

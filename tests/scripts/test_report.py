@@ -107,7 +107,7 @@ def test_record_of_post_training_fills_its_block_up_to_the_details(root):
     assert "12.50 %" in document(record)
     assert "12.50 %" not in text
     (directory / "results.md").write_text(document(record).replace("12.50 %", "99.00 %"))
-    with pytest.raises(ValueError, match="`results` must have the same table"):
+    with pytest.raises(UserError, match="`results` must have the same table"):
         report.record_text(directory, "results/a-b")
 
 
@@ -132,7 +132,7 @@ def test_record_that_contradicts_itself_is_refused(root):
     directory = record(root)
     (directory / "results.json").write_text(json.dumps([RESULTS[0] | {"test_accuracy": 60.0}]))
     (root / "README.md").write_text(BLOCK.format(""))
-    with pytest.raises(ValueError, match="`results` must have the same table"):
+    with pytest.raises(UserError, match="`results` must have the same table"):
         report.main([])
 
 

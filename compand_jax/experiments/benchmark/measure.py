@@ -21,6 +21,7 @@ import optax
 
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.data.images import ImageData
+from compand_jax.experiments.errors import UserError
 from compand_jax.frozen.freeze import freeze
 from compand_jax.frozen.model import FrozenModel
 from compand_jax.layers.config import QuantConfig
@@ -95,14 +96,14 @@ def quantized(model: nn.Module, method: str, config: QuantConfig | None) -> Any:
     """Returns the network as a method has it.
 
     Raises:
-      ValueError: the method is qwix's and qwix is not installed.
+      UserError: the method is qwix's and qwix is not installed.
     """
     if method != QWIX:
         return model if config is None else quantize_model(model, config)
     try:
         import qwix  # pyright: ignore[reportMissingImports]  # of an extra
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "`methods` must be installed, got qwix int8 without qwix: pip install -e '.[bench]', "
             "or leave it out"
         ) from error

@@ -29,6 +29,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from compand_jax.data.packages import needed_for
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.settings import (
     Setting,
     TrainedNetwork,
@@ -135,7 +136,7 @@ def allocate_bits(
       budget: bits per weight, on average over all weights, at most.
 
     Raises:
-      ValueError: the budget is below what the fewest bits of every site take.
+      UserError: the budget is below what the fewest bits of every site take.
 
     >>> losses = {"a": {2: 0.5, 4: 0.1}, "b": {2: 0.9, 4: 0.2}}
     >>> allocate_bits(losses, {"a": 10, "b": 10}, 3.0)
@@ -145,7 +146,7 @@ def allocate_bits(
     total = sum(counts[site] for site in losses)
     least = sum(counts[site] * min(by_bits) for site, by_bits in losses.items()) / total
     if not budget >= least:
-        raise ValueError(
+        raise UserError(
             f"`budget` must be at least {least:g} bits per weight, what the fewest bits of every "
             f"site take, got {budget}: raise it"
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.plots import plot_bits, plot_budget, plot_sensitivity
 from compand_jax.experiments.ptq.settings import Setting
 from compand_jax.experiments.ptq.tables import (
@@ -29,8 +30,8 @@ def open_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
       config: all that results depend on.
 
     Raises:
-      ValueError: the record is of another configuration, or there are other files.
-      OSError: the directory cannot be written.
+      UserError: the record is of another configuration, there are other files, or the directory
+        cannot be written.
     """
     record = read_record(directory)
     if record is None:
@@ -44,7 +45,7 @@ def open_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         if stored.get(name) != value
     ]
     if other:
-        raise ValueError(
+        raise UserError(
             f"`out` must be of this configuration, got {directory} where {'; '.join(other)}: "
             "choose another directory or the same values"
         )
@@ -56,12 +57,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """Returns the record in a directory, None where there is nothing.
 
     Raises:
-      ValueError: there are other files, or the record is damaged.
+      UserError: there are other files, or the record is damaged.
     """
     path = directory / "results.json"
     if not path.is_file():
         if directory.is_dir() and any(directory.iterdir()):
-            raise ValueError(
+            raise UserError(
                 f"`out` must be new, empty or a record's directory, got {directory} with other "
                 "files: choose another directory"
             )
@@ -71,7 +72,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         _read_all(record)
     # Of what is damaged, anything can be missing, or of another kind.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        raise ValueError(
+        raise UserError(
             f"`out` must hold a record of scripts/ptq.py, got {path}, which is none, or is "
             "damaged: choose another directory"
         ) from error

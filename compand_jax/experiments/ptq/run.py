@@ -20,12 +20,14 @@ from compand_jax.calibration.fit import CALIBRATIONS
 from compand_jax.data.calibration_images import choose_calibration_images
 from compand_jax.data.images import DATASETS
 from compand_jax.data.packages import needed_for
+from compand_jax.experiments.errors import UserError, require, user_errors
 from compand_jax.experiments.ptq.bit_allocation import (
     SiteLosses,
     allocate_bits,
     at_bits,
     mixed_bits,
 )
+from compand_jax.experiments.ptq.checkpoint import Checkpoint, digest, load_checkpoint
 from compand_jax.experiments.ptq.record import (
     open_record,
     read_record,
@@ -42,7 +44,6 @@ from compand_jax.experiments.ptq.settings import (
 )
 from compand_jax.experiments.ptq.tables import base_setting, tables
 from compand_jax.experiments.records import provenance, write_json
-from compand_jax.experiments.runs.checkpoint import Checkpoint, digest, load_checkpoint
 from compand_jax.models import MODELS
 
 with needed_for("post-training quantization", "tqdm"):
@@ -99,30 +100,25 @@ class PostTrainingConfig:
     def __post_init__(self):
         for name in ("images", "test_images", "workers"):
             value = getattr(self, name)
-            _require(self, name, value is None or value >= 1, "an integer of at least 1")
+            require(self, name, value is None or value >= 1, "an integer of at least 1")
         # Of a larger one jax.random.key takes the last 32 bits alone.
-        _require(self, "seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
+        require(self, "seed", 0 <= self.seed < 2**32, "an integer from 0 to 2**32 - 1")
         choices = {"calibration": CALIBRATIONS, "model": tuple(MODELS), "dataset": DATASETS}
         for name, values in choices.items():
             value = getattr(self, name)
             ok = value in values or (value is None and name != "calibration")
-            _require(self, name, ok, "one of " + ", ".join(values))
+            require(self, name, ok, "one of " + ", ".join(values))
         if self.bits == () and not self.checkpoint.exists():
-            raise ValueError(  # as of `--bits 3` alone
+            raise UserError(  # as of `--bits 3` alone
                 f"`checkpoint` must be an .npz file or a run directory, got {self.checkpoint}, "
                 "which does not exist: give it before --bits"
             )
         ok = self.bits is None or (self.bits != () and set(self.bits) <= set(BITS))
-        _require(self, "bits", ok, f"one or more of {', '.join(map(str, BITS))}")
+        require(self, "bits", ok, f"one or more of {', '.join(map(str, BITS))}")
         ok = self.budget is None or (math.isfinite(self.budget) and 2 <= self.budget <= 8)
-        _require(self, "budget", ok, "from 2 to 8 bits per weight")
+        require(self, "budget", ok, "from 2 to 8 bits per weight")
         ok = not (self.sensitivity and self.budget is not None)
-        _require(self, "budget", ok, "left out with `sensitivity`: one part at a time")
-
-
-def _require(config: PostTrainingConfig, name: str, ok: bool, required: str) -> None:
-    if not ok:
-        raise ValueError(f"`{name}` must be {required}, got {getattr(config, name)!r}: change it")
+        require(self, "budget", ok, "left out with `sensitivity`: one part at a time")
 
 
 def run(config: PostTrainingConfig, *, progress: bool = True) -> tuple[str, Path]:
@@ -133,9 +129,9 @@ def run(config: PostTrainingConfig, *, progress: bool = True) -> tuple[str, Path
       progress: whether to show progress bars.
 
     Raises:
-      ValueError: the checkpoint is damaged or of another network, or holds NaN; there are no
-        calibration images; or `out` holds another run. Nothing is measured or overwritten then.
-      OSError: the checkpoint or the data is missing, or `out` cannot be written.
+      UserError: the checkpoint or the data is missing, damaged or of another network, or holds
+        NaN; there are no calibration images; or `out` holds another run or cannot be written.
+        Nothing is measured or overwritten then.
     """
     if config.out is not None:
         read_record(config.out)  # what is wrong with it is not to be found out after loading
@@ -169,9 +165,10 @@ class _Run:
             test_images=data.test_images[: config.test_images],
             test_labels=data.test_labels[: config.test_images],
         )
-        self._calibration = choose_calibration_images(
-            data, config.images, pad=checkpoint.pad, flip=checkpoint.flip, seed=config.seed
-        )
+        with user_errors(ValueError):
+            self._calibration = choose_calibration_images(
+                data, config.images, pad=checkpoint.pad, flip=checkpoint.flip, seed=config.seed
+            )
         self._base = base_setting(config.calibration, config.error_feedback, config.batch_stats)
         name = f"{checkpoint.name}-{data.name}"
         self.directory = config.out or Path("runs") / f"ptq-{name}"

@@ -21,13 +21,15 @@ from jaxtyping import Array, Float
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.data.calibration_images import BATCH_SIZE, CalibrationImages
 from compand_jax.data.images import ImageData
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.runs import stages
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig, Rule
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.model_calibration import Observations, observe
 from compand_jax.linen.model_size import model_bytes
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
-from compand_jax.training.steps import Model, evaluate
+from compand_jax.training.steps import Model
 
 _MODEL_KWARGS = {"train": False}
 _VARIED = ("weight_bits", "act_bits", "quantizer", "weight_granularity", "grid", "mu_scope")
@@ -101,7 +103,7 @@ def observe_network(
     """Returns the network with what calibration needs to know of it, from one pass.
 
     Raises:
-      ValueError: a variable is not finite.
+      UserError: a variable is not finite.
     """
     require_finite(variables)
     seen = observe(
@@ -117,14 +119,14 @@ def observe_network(
 
 
 def require_finite(variables: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming them by path, where variables hold NaN or infinity."""
+    """Raises UserError, naming them by path, where variables hold NaN or infinity."""
     bad = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
         if not bool(jnp.all(jnp.isfinite(leaf)))
     ]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"`checkpoint` must hold finite numbers, got NaN or infinity in {', '.join(bad)}: "
             "give one of a training that did not diverge"
         )
@@ -256,17 +258,9 @@ def evaluate_full_precision(network: TrainedNetwork) -> dict[str, Any]:
 
 
 def count_correct(network: TrainedNetwork, model: Model, variables: Mapping[str, Any]) -> int:
-    """Returns how many test images a model classifies correctly."""
-    data = network.data
-    return evaluate(
-        model,
-        dict(variables),
-        data.test_images,
-        data.test_labels,
-        mean=data.mean,
-        std=data.std,
-        batch_size=min(BATCH_SIZE, len(data.test_labels)),
-    )
+    """Returns how many of the network's test images a model classifies correctly."""
+    batch_size = min(BATCH_SIZE, len(network.data.test_labels))
+    return stages.count_correct(model, variables, network.data, batch_size)
 
 
 def weight_counts(network: TrainedNetwork) -> dict[str, int]:

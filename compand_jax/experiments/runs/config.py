@@ -1,20 +1,44 @@
-"""What a run is: `RunConfig`, its presets, and how it is written to and read from JSON."""
+"""What a run is: `RunConfig`, its methods, and how it is written to and read from JSON."""
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from compand_jax.calibration.fit import CALIBRATIONS, MU_MAX
 from compand_jax.data.images import DATASETS
-from compand_jax.layers.config import QuantConfig, Rule
+from compand_jax.experiments.errors import UserError, require
+from compand_jax.layers.config import MU_SCOPES, QuantConfig, Rule
 from compand_jax.models import BLOCK_ORDERS, MODELS
 
 FULL_PRECISION = "full_precision"
-CONTROL = "full_precision_continued"
-METHODS = (CONTROL, "uniform", "mu_law-single", "mu_law-separate", "mu_law-per_layer")
+"""The name of the stage that all methods fine-tune."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a fine-tuning is quantized.
+
+    Attributes:
+      quantizer: as in `QuantConfig`; None is the control, which goes on in full precision.
+      mu_scope: as in `QuantConfig`; None where there is no mu.
+    """
+
+    quantizer: str | None
+    mu_scope: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its stage, and that one's directory, is called."""
+        if self.quantizer is None:
+            return "full_precision_continued"
+        return self.quantizer if self.mu_scope is None else f"{self.quantizer}-{self.mu_scope}"
+
+
+CONTROL = Method(None)
+METHODS = (CONTROL, Method("uniform"), *(Method("mu_law", scope) for scope in MU_SCOPES))
+METHODS_BY_NAME = {method.name: method for method in METHODS}
 DTYPES = ("float32", "bfloat16", "float16")
 DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir", "parent_dir")
 PATH_FIELDS = (*DIRECTORY_FIELDS, "state_dict")
@@ -63,7 +87,7 @@ class RunConfig:
     own."""
     finetune_epochs: int = 8
     """Fine-tuning of each method, in epochs."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[Method, ...] = METHODS
     """What is fine-tuned from the full-precision network, each with the same budget:
     full_precision_continued (the control), uniform, mu_law-single, mu_law-separate,
     mu_law-per_layer. They set quant.quantizer and quant.mu-scope."""
@@ -115,25 +139,25 @@ class RunConfig:
 
     def __post_init__(self):
         for name, choices in _CHOICES.items():
-            _require(self, name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+            require(self, name, getattr(self, name) in choices, "one of " + ", ".join(choices))
         for name, low in _INTEGERS.items():
             value = getattr(self, name)
             ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            _require(self, name, ok, f"an integer of at least {low}")
-        for name, low in _RATES.items():
+            require(self, name, ok, f"an integer of at least {low}")
+        for name in _RATES:
             value = getattr(self, name)
-            ok = isinstance(value, int | float) and math.isfinite(value) and value >= low
-            _require(self, name, ok, f"a finite number of at least {low}")
+            ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+            require(self, name, ok, "a finite number of at least 0")
         started = self.state_dict is not None or self.parent_dir is not None
-        _require(self, "epochs", self.epochs > 0 or started,
+        require(self, "epochs", self.epochs > 0 or started,
                  "an integer of at least 1, or 0 with `state_dict` or `parent_dir`")  # fmt: skip
         mu = self.calibration_mu
         ok = mu is None or (isinstance(mu, int | float) and 0 <= mu <= MU_MAX)
-        _require(self, "calibration_mu", ok, f"None or a number from 0 to {MU_MAX:g}")
+        require(self, "calibration_mu", ok, f"None or a number from 0 to {MU_MAX:g}")
         ok = (self.mean is None) == (self.std is None)
-        _require(self, "std", ok, "given where `mean` is, and only there")
+        require(self, "std", ok, "given where `mean` is, and only there")
         ok = set(self.methods) <= set(METHODS) and len(set(self.methods)) == len(self.methods)
-        _require(self, "methods", ok, "different ones of " + ", ".join(METHODS))
+        require(self, "methods", ok, "different ones of " + ", ".join(METHODS_BY_NAME))
 
 
 _CHOICES = {
@@ -143,89 +167,18 @@ _CHOICES = {
     "dtype": DTYPES,
     "calibration": CALIBRATIONS,
 }
-_INTEGERS = {
-    "seed": 0,
-    "epochs": 0,
-    "finetune_epochs": 1,
-    "batch_size": 1,
-    "pad": 0,
-    "calibration_batches": 1,
-    "steps_per_call": 1,
-    "checkpoint_every": 1,
-}
-_RATES = {
-    "learning_rate": 0,
-    "finetune_learning_rate": 0,
-    "mu_learning_rate": 0,
-    "scale_learning_rate": 0,
-    "weight_decay": 0,
-    "warmup_epochs": 0,
-}
-
-
-def _require(config: RunConfig, name: str, ok: bool, required: str) -> None:
-    if not ok:
-        raise ValueError(f"`{name}` must be {required}, got {getattr(config, name)!r}: change it")
-
-
-def _cifar(name: str, model: str, dataset: str, **fields: Any) -> RunConfig:
-    defaults = {
-        "model": model,
-        "dataset": dataset,
-        "batch_size": 128,
-        "pad": 4,
-        "flip": True,
-        "steps_per_call": 5,
-        "run_dir": Path("runs") / name,
-    }
-    return RunConfig(**(defaults | fields))
-
-
-_RECIPES: dict[str, dict[str, Any]] = {
-    "alexnet": {
-        "learning_rate": 0.03,
-        "epochs": 15,
-        "finetune_epochs": 5,
-        "finetune_learning_rate": 0.01,
-        "warmup_epochs": 1.0,
-    },
-    "vgg19": {
-        "learning_rate": 0.1,
-        "epochs": 160,
-        "finetune_epochs": 20,
-        "finetune_learning_rate": 0.01,
-        "warmup_epochs": 5.0,
-    },
-    "resnet20": {
-        "learning_rate": 0.1,
-        "epochs": 160,
-        "finetune_epochs": 20,
-        "finetune_learning_rate": 0.01,
-        "warmup_epochs": 5.0,
-        "weight_decay": 1e-4,
-    },
-}
-
-PRESETS = MappingProxyType(
-    {"digits": RunConfig()}
-    | {
-        f"{model}-{dataset}": _cifar(f"{model}-{dataset}", model, dataset, **recipe)
-        for dataset in ("cifar10", "cifar100")
-        for model, recipe in _RECIPES.items()
-    }
+_INTEGERS = dict.fromkeys(("seed", "epochs", "pad"), 0) | dict.fromkeys(
+    ("finetune_epochs", "batch_size", "calibration_batches", "steps_per_call", "checkpoint_every"),
+    1,
 )
-"""The recipes by name; "digits" is the default."""
-
-
-def preset(name: str) -> RunConfig:
-    """Returns the preset of that name; ValueError if there is none.
-
-    >>> preset("alexnet-cifar10").batch_size
-    128
-    """
-    if name not in PRESETS:
-        raise ValueError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}: choose one")
-    return PRESETS[name]
+_RATES = (
+    "learning_rate",
+    "finetune_learning_rate",
+    "mu_learning_rate",
+    "scale_learning_rate",
+    "weight_decay",
+    "warmup_epochs",
+)
 
 
 def to_json(config: RunConfig) -> dict:
@@ -238,11 +191,15 @@ def to_json(config: RunConfig) -> dict:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return plain(dataclasses.asdict(config))
+    return plain(dataclasses.asdict(config) | {"methods": [m.name for m in config.methods]})
 
 
 def from_json(stored: dict) -> RunConfig:
-    """Returns the configuration that `to_json` wrote; what is absent has its default."""
+    """Returns the configuration that `to_json` wrote; what is absent has its default.
+
+    Raises:
+      UserError: if a value is none that its field may have.
+    """
     fields = dict(stored)
     for name in PATH_FIELDS:
         if fields.get(name) is not None:
@@ -250,7 +207,10 @@ def from_json(stored: dict) -> RunConfig:
     for name in ("mean", "std"):
         if fields.get(name) is not None:
             fields[name] = tuple(fields[name])
-    fields["methods"] = tuple(fields.get("methods", METHODS))
+    names = fields.get("methods", METHODS_BY_NAME)
+    if unknown := [name for name in names if name not in METHODS_BY_NAME]:
+        raise UserError(f"`methods` must be of {', '.join(METHODS_BY_NAME)}, got {unknown}")
+    fields["methods"] = tuple(METHODS_BY_NAME[name] for name in names)
     quant = dict(fields.get("quant", {}))
     quant["rules"] = tuple(Rule(**rule) for rule in quant.get("rules", ()))
     fields["quant"] = QuantConfig(**quant)

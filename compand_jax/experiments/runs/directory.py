@@ -5,14 +5,16 @@ call), `checkpoints/` (the newest two) and, once the stage is finished, `result.
 """
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any
 
-from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.errors import UserError, user_errors
 from compand_jax.experiments.records import make_writable, read_json, write_json
 from compand_jax.experiments.runs.config import (
     FULL_PRECISION,
     METHODS,
+    METHODS_BY_NAME,
+    Method,
     RunConfig,
     differences,
     from_json,
@@ -80,12 +82,25 @@ def read_config(run_dir: str | Path) -> RunConfig:
             f"`run_dir` must be a run's directory, with config.json in it, got {run_dir}: "
             "give the directory that scripts/train.py wrote"
         )
-    return dataclasses.replace(from_json(_read_stored(path)), run_dir=Path(run_dir))
+    with user_errors(ValueError, TypeError):  # of a field
+        return dataclasses.replace(from_json(_read_stored(path)), run_dir=Path(run_dir))
+
+
+def find_stages(path: Path) -> tuple[Path, list[str]]:
+    """Returns the directory of a run, and the names of its finished stages.
+
+    Args:
+      path: of the run; or of one of its stages, which is then the only one.
+    """
+    if (path / "config.json").is_file() or not (path.parent / "config.json").is_file():
+        return path, finished_stages(path)
+    path = path.absolute()
+    return path.parent, [name for name in finished_stages(path.parent) if name == path.name]
 
 
 def finished_stages(run_dir: str | Path) -> list[str]:
     """Returns the names of a run's finished stages, in the order they are run."""
-    names = (FULL_PRECISION, *METHODS)
+    names = (FULL_PRECISION, *METHODS_BY_NAME)
     return [name for name in names if (Path(run_dir) / name / "result.json").is_file()]
 
 
@@ -95,25 +110,16 @@ def read_results(run_dir: str | Path) -> list[dict]:
     return [read_json(Path(run_dir) / name / "result.json") for name in names]
 
 
-def _begun(run_dir: Path) -> list[str]:
-    return [method for method in METHODS if (run_dir / method).is_dir()]
+def _begun(run_dir: Path) -> list[Method]:
+    return [method for name, method in METHODS_BY_NAME.items() if (run_dir / name).is_dir()]
 
 
-def _read_stored(path: Path) -> dict:
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"`run_dir` must hold a configuration, got {path}, which is no JSON ({error}): "
-            "choose another directory"
-        ) from error
-    if isinstance(stored, dict) and not isinstance(stored.get("quant", {}), dict):
-        raise UserError(
-            f"`run_dir` must hold a configuration, got {path} whose `quant` is no object: "
-            "choose another directory"
-        )
-    if not isinstance(stored, dict) or (unknown := unknown_fields(stored)):
-        what = f"the unknown fields {', '.join(unknown)}" if isinstance(stored, dict) else "none"
+def _read_stored(path: Path) -> dict[str, Any]:
+    stored = read_json(path)
+    is_one = isinstance(stored, dict) and isinstance(stored.get("quant", {}), dict)
+    unknown = unknown_fields(stored) if is_one else []
+    if unknown or not is_one:
+        what = f"the unknown fields {', '.join(unknown)}" if is_one else "none"
         raise UserError(
             f"`run_dir` must hold this version's configuration, got {path} with {what}: "
             "choose another directory"

@@ -16,7 +16,7 @@ from compand_jax.training.metrics_log import read_log
 _HEADER = ("method", "bits W/A", "mu scope", "test accuracy", "difference", "model size")
 _LABELS = {
     FULL_PRECISION: "full precision",
-    CONTROL: "full precision, continued",
+    CONTROL.name: "full precision, continued",
     "mu_law": "mu-law",
 }
 _MOST_ROWS = 200
@@ -31,6 +31,7 @@ def write_reports(run_dir: str | Path, record_dir: str | Path | None = None) -> 
         metrics.jsonl (thinned to at most 200 rows) are copied to; None for no copy.
 
     Raises:
+      UserError: if a result is damaged.
       OSError: if a directory cannot be written.
     """
     run_dir = Path(run_dir)
@@ -53,7 +54,7 @@ def with_differences(results: Sequence[dict]) -> list[dict]:
     precision as the fine-tunings started from it.
     """
     by_name = {result["stage"]: result for result in results}
-    reference = by_name.get(CONTROL, by_name.get(FULL_PRECISION))
+    reference = by_name.get(CONTROL.name, by_name.get(FULL_PRECISION))
     if reference is None:
         return [dict(result) for result in results]
     # Of images, so that equal counts give 0 and no rounding error shows.
@@ -73,12 +74,10 @@ def results_table(results: Sequence[dict]) -> str:
 
 
 def _row(result: dict) -> tuple[str, ...]:
-    name: str = result["stage"]
     bits = (result["weight_bits"], result["act_bits"])
-    method = _LABELS.get(name, _LABELS.get(name.partition("-")[0], name))
-    is_reference = name == result.get("reference")
+    is_reference = result["stage"] == result.get("reference")
     return (
-        method,
+        _LABELS.get(result["method"], result["method"]),
         "/".join("32" if count is None else str(count) for count in bits),
         (result["mu_scope"] or "-").replace("_", " "),
         f"{result['test_accuracy']:.2f} %",

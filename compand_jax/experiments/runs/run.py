@@ -3,29 +3,28 @@
 A run that was stopped goes on at its last checkpoint; what is finished is not run again.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from compand_jax.data.images import ImageData, load_data
+from compand_jax.experiments.errors import UserError, user_errors
 from compand_jax.experiments.records import provenance, write_json
-from compand_jax.experiments.runs.config import FULL_PRECISION, METHODS, RunConfig, to_json
-from compand_jax.experiments.runs.directory import finished_stages as finished_stages
-from compand_jax.experiments.runs.directory import open_run_dir
-from compand_jax.experiments.runs.directory import read_config as read_config
-from compand_jax.experiments.runs.report import write_reports
-from compand_jax.experiments.runs.stages import (
-    Stage,
-    count_correct,
-    finished,
-    fit_config,
-    make_stage,
-    start_or_resume,
-    state_bytes,
+from compand_jax.experiments.runs.config import (
+    FULL_PRECISION,
+    METHODS,
+    METHODS_BY_NAME,
+    RunConfig,
+    to_json,
 )
+from compand_jax.experiments.runs.directory import open_run_dir
+from compand_jax.experiments.runs.report import write_reports
+from compand_jax.experiments.runs.stages import Stage, finished, make_stage, start_or_resume
 from compand_jax.linen.model_size import model_bytes
-from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import is_main, wait_for_all
 from compand_jax.training.fit import check_devices, fit
 from compand_jax.training.metrics_log import read_log
@@ -40,16 +39,13 @@ def run(config: RunConfig, *, progress: bool = True) -> str:
       progress: whether to show progress bars.
 
     Raises:
-      ValueError: if the run directory has another configuration, or a batch is larger than the
-        training split; nothing is trained or overwritten then.
-      FloatingPointError: if a training diverges.
-      OSError: if the data set is not prepared, or the run directory cannot be written.
+      UserError: if the data set is not prepared, the run directory has another configuration or
+        cannot be written, or a batch is larger than the training split; nothing is trained or
+        overwritten then. Or if a training diverges.
     """
     train_stages(config, load_run_data(config), progress=progress)
-    try:
+    with _writable(config):
         return write_reports(config.run_dir, config.record_dir) if is_main() else ""
-    except OSError as error:
-        raise _with_advice(error, config) from error
 
 
 def load_run_data(config: RunConfig, data_dir: Path | None = None) -> ImageData:
@@ -60,9 +56,10 @@ def load_run_data(config: RunConfig, data_dir: Path | None = None) -> ImageData:
       data_dir: directory of the prepared data sets; None is the run's.
 
     Raises:
-      FileNotFoundError: if the data set is not prepared.
+      UserError: if the data set is not prepared, or damaged.
     """
-    data = load_data(config.dataset, data_dir or config.data_dir)
+    with user_errors(OSError, ValueError):
+        data = load_data(config.dataset, data_dir or config.data_dir)
     if config.mean is None or config.std is None:
         return data
     return dataclasses.replace(data, mean=config.mean, std=config.std)
@@ -79,31 +76,33 @@ def train_stages(config: RunConfig, data: ImageData, *, progress: bool = True) -
     Raises:
       As `run`.
     """
-    fit_config(config, 1).steps_per_epoch(len(data.train_labels))
-    check_devices(config.batch_size, jax.device_count())
-    methods = [method for method in METHODS if method in config.methods]
-    names = methods if config.parent_dir is not None else [FULL_PRECISION, *methods]
+    with user_errors(ValueError):
+        check_devices(config.batch_size, jax.device_count())
+    # Every stage is made before the first one is trained: a rule that matches no layer is an error
+    # at once.
+    names = [method.name for method in METHODS if method in config.methods]
+    if config.parent_dir is None:
+        names.insert(0, FULL_PRECISION)
     stages = [make_stage(config, data, name) for name in names]
-    # Two checkpoints are kept while the next is written. This looks at every stage's layers, too:
-    # a rule that matches none is an error before the first stage is trained.
-    needed = 3 * sum(state_bytes(config, data, stage) for stage in stages)
     if is_main():
-        open_run_dir(config, needed)
+        # Two checkpoints are kept while the next is written.
+        open_run_dir(config, 3 * sum(stage.state_bytes for stage in stages))
     wait_for_all("run directory")
-    try:
+    with _writable(config):
         for stage in stages:
-            _run_stage(config, data, stage, progress)
+            _run_stage(config, stage, progress)
+
+
+@contextlib.contextmanager
+def _writable(config: RunConfig) -> Iterator[None]:
+    """Within it, what the system says of the disk names the argument, and what to do."""
+    try:
+        yield
     except OSError as error:
-        raise _with_advice(error, config) from error
-
-
-def _with_advice(error: OSError, config: RunConfig) -> OSError:
-    if error.errno is None:  # says what to do
-        return error
-    return OSError(
-        f"`run_dir` must stay writable, got {config.run_dir} ({error}): free some space and "
-        "give the same command again, which goes on where this stopped"
-    )
+        raise UserError(
+            f"`run_dir` must stay writable, got {config.run_dir} ({error.strerror or error}): free "
+            "some space and give the same command again, which goes on where this stopped"
+        ) from error
 
 
 def evaluate_stage(config: RunConfig, data: ImageData, name: str) -> tuple[int, int]:
@@ -115,44 +114,42 @@ def evaluate_stage(config: RunConfig, data: ImageData, name: str) -> tuple[int, 
       name: of a finished stage.
 
     Raises:
-      FileNotFoundError: if there is no sound checkpoint of its last step.
-      ValueError: if the checkpoint is one of another model.
+      UserError: if there is no sound checkpoint of its last step, or it is one of another model.
     """
     stage, state = finished(config, data, name)
-    correct = count_correct(config, data, stage.model, state.variables)
-    return correct, len(data.test_labels)
+    return stage.count_correct(state.variables), len(data.test_labels)
 
 
-def _run_stage(config: RunConfig, data: ImageData, stage: Stage, progress: bool) -> None:
+def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
     """Trains a stage to its end unless it is finished."""
-    directory = config.run_dir / stage.name
-    path, log = directory / "result.json", directory / "metrics.jsonl"
+    path, log = stage.directory / "result.json", stage.directory / "metrics.jsonl"
     if path.is_file():
         return
-    with Checkpoints(directory / "checkpoints") as checkpoints:
-        stage, state, metadata = start_or_resume(config, data, stage, checkpoints)
-        directory.mkdir(exist_ok=True)
-        state = fit(
-            state,
-            data,
-            stage.fit,
-            model=stage.model,
-            tx=stage.tx,
-            checkpoints=checkpoints,
-            metadata=metadata,
-            log=log,
-            describe=_description(stage),
-            progress=stage.name if progress else None,
-        )
+    with stage.checkpoints() as checkpoints:
+        stage, state, metadata = start_or_resume(stage, checkpoints)
+        stage.directory.mkdir(exist_ok=True)
+        with user_errors(FloatingPointError):  # it diverges
+            state = fit(
+                state,
+                stage.data,
+                stage.fit,
+                model=stage.model,
+                tx=stage.tx,
+                checkpoints=checkpoints,
+                metadata=metadata,
+                log=log,
+                describe=_description(stage),
+                progress=stage.name if progress else None,
+            )
         if not checkpoints.steps():  # there was nothing to train
             checkpoints.save(int(state.step), state, metadata)
-    result = _result(config, data, stage, state, metadata, log)
+    result = _result(config, stage, state, metadata)
     if is_main():
         write_json(path, result)
     wait_for_all(f"result of {stage.name}")
 
 
-def _description(stage: Stage):
+def _description(stage: Stage) -> Callable[[TrainState], dict[str, Any]]:
     """Returns the function of a state that gives what is logged of it: rates, mu and scales."""
     quantized = stage.quantized
 
@@ -167,22 +164,22 @@ def _description(stage: Stage):
 
 
 def _result(
-    config: RunConfig, data: ImageData, stage: Stage, state: TrainState, metadata: dict, log: Path
-) -> dict:
-    correct = count_correct(config, data, stage.model, state.variables)
-    total = len(data.test_labels)
-    quantized = stage.quantized
+    config: RunConfig, stage: Stage, state: TrainState, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    correct, total = stage.count_correct(state.variables), len(stage.data.test_labels)
+    method, quantized = METHODS_BY_NAME.get(stage.name), stage.quantized
+    rows = read_log(stage.directory / "metrics.jsonl")
     result = {
         "stage": stage.name,
-        "method": stage.name.partition("-")[0],
+        "method": (method and method.quantizer) or stage.name,
         "weight_bits": quantized and quantized.config.weight_bits,
         "act_bits": quantized and quantized.config.act_bits,
-        "mu_scope": stage.name.partition("-")[2] or None,
+        "mu_scope": method and method.mu_scope,
         "test_accuracy": 100 * correct / total,
         "correct": correct,
         "total": total,
         "model_bytes": model_bytes(state.variables, quantized and quantized.sites),
-        "seconds": round(sum(row["seconds"] for row in read_log(log)), 1),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
         "steps": int(state.step),
         "epochs": stage.fit.epochs,
     }

@@ -11,13 +11,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from compand_jax.experiments.runs.config import CONTROL, METHODS, RunConfig, preset
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.runs.config import CONTROL, METHODS, Method, RunConfig
+from compand_jax.experiments.runs.presets import preset
 from compand_jax.layers.config import QuantConfig, Rule
 from compand_jax.models import BLOCK_ORDERS
 from compand_jax.models.torch_weights import NORMALIZATIONS
 
 FIRST_ORDER, SECOND_ORDER = BLOCK_ORDERS
-PER_LAYER = "mu_law-per_layer"
+UNIFORM, PER_LAYER = Method("uniform"), Method("mu_law", "per_layer")
 LEARNED, FIXED_CALIBRATED, FIXED_255 = "learned", "fixed_calibrated", "fixed_255"
 # The fields of a run that make each.
 _MU_FIELDS: dict[str, dict[str, Any]] = {
@@ -42,8 +44,8 @@ class Cell:
     config: RunConfig
 
     @property
-    def method(self) -> str:
-        """The one of `recipes.METHODS`, and the name of the cell's only stage."""
+    def method(self) -> Method:
+        """The one of `METHODS` that the cell's only stage is of."""
         return self.config.methods[0]
 
     @property
@@ -57,7 +59,7 @@ class Cell:
 
         A mu that is not learned stays where calibration put it.
         """
-        if not self.method.startswith("mu_law"):
+        if self.method.mu_scope is None:
             return None
         if self.config.mu_learning_rate > 0:
             return LEARNED
@@ -75,7 +77,7 @@ class Cell:
         if self.method == CONTROL:
             what = f"control-lr{self.config.finetune_learning_rate:g}"
         else:
-            what = f"w{self.bits}a{self.bits}-{self.method}"
+            what = f"w{self.bits}a{self.bits}-{self.method.name}"
         fixed = "" if self.mu in (None, LEARNED) else f"-{self.mu}"
         return f"{self.parent_name}-{what}{fixed}-seed{self.config.seed}"
 
@@ -89,7 +91,7 @@ def grid(
     parent: RunConfig,
     *,
     bits: Sequence[int],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[Method] = METHODS,
     seeds: Sequence[int] = (0,),
     mu: str = LEARNED,
     ends: Rule | None = None,
@@ -101,7 +103,7 @@ def grid(
       parent: the full-precision run.
       bits: of weights and activations. Weights of two bits are on the grid midrise: on midtread
         they have three levels, which mu does not move.
-      methods: of `recipes.METHODS`.
+      methods: of `METHODS`.
       seeds: of the fine-tuning.
       mu: how the mu-law's mu is found.
       ends: a rule for the first and the last layer.
@@ -109,11 +111,11 @@ def grid(
     """
     found = []
     for seed in seeds:
-        fields = {"seed": seed, **finetuning}
+        fields = {**finetuning, "seed": seed, "state_dict": None, "parent_dir": Path()}
         if CONTROL in methods:
-            config = dataclasses.replace(parent, **fields, methods=(CONTROL,), state_dict=None,
-                                         parent_dir=Path())  # fmt: skip
+            config = dataclasses.replace(parent, **fields, methods=(CONTROL,))
             found.append(Cell(parent, config))
+        fields |= _MU_FIELDS[mu]
         for count in bits:
             quant = QuantConfig(
                 weight_bits=count,
@@ -123,10 +125,7 @@ def grid(
             )
             for method in methods:
                 if method != CONTROL:
-                    config = dataclasses.replace(
-                        parent, **(fields | _MU_FIELDS[mu]), methods=(method,), quant=quant,
-                        state_dict=None, parent_dir=Path(),
-                    )  # fmt: skip
+                    config = dataclasses.replace(parent, **fields, methods=(method,), quant=quant)
                     found.append(Cell(parent, config))
     return found
 
@@ -137,7 +136,7 @@ def _orders(parent: RunConfig) -> list[RunConfig]:
 
 def _smoke(checkpoint: Path | None) -> list[Cell]:
     parent = dataclasses.replace(preset("digits"), epochs=5, finetune_epochs=2)
-    return grid(parent, bits=(2,), methods=(CONTROL, "uniform", PER_LAYER))
+    return grid(parent, bits=(2,), methods=(CONTROL, UNIFORM, PER_LAYER))
 
 
 def _laptop(checkpoint: Path | None) -> list[Cell]:
@@ -149,7 +148,7 @@ def _laptop(checkpoint: Path | None) -> list[Cell]:
         finetune_epochs=3,
     )
     first, second = _orders(parent)
-    some = (CONTROL, "uniform", PER_LAYER)
+    some = (CONTROL, UNIFORM, PER_LAYER)
     return [
         *grid(first, bits=(4, 3, 2)),
         *grid(second, bits=(4,)),
@@ -184,7 +183,7 @@ def _paper(checkpoint: Path | None) -> list[Cell]:
 
 
 def _literature(checkpoint: Path | None) -> list[Cell]:
-    some = (CONTROL, "uniform", PER_LAYER)
+    some = (CONTROL, UNIFORM, PER_LAYER)
     resnet = dataclasses.replace(preset("resnet20-cifar10"), epochs=200, finetune_epochs=4)
     if checkpoint is not None:
         mean, std = NORMALIZATIONS["resnet"]
@@ -212,7 +211,7 @@ def _vgg19_short(checkpoint: Path | None) -> list[Cell]:
     parent = dataclasses.replace(
         preset("vgg19-cifar10"), epochs=6, finetune_epochs=1, learning_rate=0.05, warmup_epochs=1.0
     )
-    return grid(parent, bits=(4,), methods=(CONTROL, "uniform", PER_LAYER), warmup_epochs=0.1)
+    return grid(parent, bits=(4,), methods=(CONTROL, UNIFORM, PER_LAYER), warmup_epochs=0.1)
 
 
 _PRESETS: dict[str, Callable[[Path | None], list[Cell]]] = {
@@ -245,21 +244,21 @@ def study_cells(
       networks: only cells of these; none are all.
 
     Raises:
-      ValueError: if there is no such preset or network in it, or it has no use for a checkpoint.
+      UserError: if there is no such preset or network in it, or it has no use for a checkpoint.
 
     >>> [cell.name for cell in study_cells("smoke")][0]
     'cnn-digits-conv_norm_act-control-lr0.02-seed0'
     """
     if name not in STUDIES:
-        raise ValueError(f"`preset` must be one of {', '.join(STUDIES)}, got {name!r}: choose one")
+        raise UserError(f"`preset` must be one of {', '.join(STUDIES)}, got {name!r}: choose one")
     if checkpoint is not None and name != "literature":
-        raise ValueError(
+        raise UserError(
             f"`checkpoint` must go with the preset literature, got {name}: leave it out"
         )
     found = _PRESETS[name](checkpoint)
     known = sorted({cell.config.model for cell in found})
     if unknown := sorted(set(networks) - set(known)):
-        raise ValueError(
+        raise UserError(
             f"`networks` must be of {', '.join(known)}, got {', '.join(unknown)}: correct it"
         )
     return [cell for cell in found if not networks or cell.config.model in networks]

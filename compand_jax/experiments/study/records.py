@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compand_jax.data.images import ImageData, normalize
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import read_json
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig
 from compand_jax.experiments.runs.directory import read_config
@@ -43,12 +44,12 @@ def read_record(path: Path) -> dict[str, Any]:
     """Returns a record.
 
     Raises:
-      ValueError: if it is damaged, another training's or another version's.
+      UserError: if it is damaged, another training's or another version's.
     """
     record = read_json(path)
     row = record.get("row") if isinstance(record, dict) else None
     if not isinstance(row, dict) or set(row) != set(ROW) or row["name"] != path.stem:
-        raise ValueError(
+        raise UserError(
             f"`directory` must hold this version's records, got {path} with another row: delete "
             "it, and run the study again"
         )
@@ -79,13 +80,14 @@ def cell_record(cell: Cell, run_dir: Path, parent_dir: Path, data: ImageData) ->
       data: its data set, for the histograms of activations.
     """
     config = read_config(run_dir)
-    result = read_json(run_dir / cell.method / "result.json")
+    stage_dir = run_dir / cell.method.name
+    result = read_json(stage_dir / "result.json")
     parent = read_json(parent_dir / FULL_PRECISION / "result.json")
     control = cell.method == CONTROL
     rules = config.quant.rules
     row = _row(cell.name, config, result)
     row |= {
-        "method": FULL_PRECISION if control else result["method"],
+        "method": FULL_PRECISION if control else cell.method.quantizer,
         "stage": "control" if control else "cell",
         "mu": cell.mu,
         "first_last_bits": None if control else rules[0].weight_bits if rules else cell.bits,
@@ -94,10 +96,10 @@ def cell_record(cell: Cell, run_dir: Path, parent_dir: Path, data: ImageData) ->
         "parent_accuracy": parent["test_accuracy"],
         "parent_epochs": config.epochs,
     }
-    record = {"row": row, "curve": _curve(run_dir / cell.method), "versions": result["versions"]}
+    record = {"row": row, "curve": _curve(stage_dir), "versions": result["versions"]}
     if control:
         return record
-    stage, state = finished(config, data, cell.method)
+    stage, state = finished(config, data, cell.method.name)
     assert stage.quantized is not None
     images = normalize(data.test_images[:_HISTOGRAM_IMAGES], data.mean, data.std)
     return record | {

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import read_json, write_json, write_text
 from compand_jax.experiments.study.grid import LEARNED, STUDIES
 from compand_jax.experiments.study.plots import (
@@ -35,19 +36,18 @@ def preset_of(directory: Path) -> str:
     """Returns which preset a study is.
 
     Raises:
-      FileNotFoundError: if the directory is no study's.
-      ValueError: if it is one of an unknown preset.
+      UserError: if the directory is no study's, or one of an unknown preset.
     """
     path = directory / "study.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"`directory` must be a study's, with study.json in it, got {directory}: give the "
             "--out of scripts/study.py"
         )
     found = read_json(path)
     preset = found.get("preset") if isinstance(found, dict) else None
     if not isinstance(preset, str) or preset not in STUDIES:
-        raise ValueError(
+        raise UserError(
             f"`preset` must be one of {', '.join(STUDIES)}, got {preset!r} in {path}: restore it"
         )
     return preset
@@ -57,12 +57,11 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     """Returns the records of a study, with the controls' accuracies, in the order of results.csv.
 
     Raises:
-      FileNotFoundError: if no cell is finished.
-      ValueError: if a record is damaged.
+      UserError: if no cell is finished, or a record is damaged.
     """
     records = {path.stem: read_record(path) for path in (directory / "records").glob("*.json")}
     if not any(record["row"]["stage"] == "cell" for record in records.values()):
-        raise FileNotFoundError(
+        raise UserError(
             f"`directory` must be a study's, with a finished cell, got {directory}: "
             "run scripts/study.py, or give its --out"
         )
@@ -77,9 +76,7 @@ def write_report(directory: Path) -> list[Path]:
       directory: the study's, or a copy of its records.
 
     Raises:
-      FileNotFoundError: if no cell is finished.
-      ValueError: if a record is damaged.
-      OSError: if it cannot be written.
+      UserError: if no cell is finished, or a record is damaged.
     """
     records = read_records(directory)
     rows = [record["row"] for record in records]
@@ -107,9 +104,7 @@ def keep_report(directory: Path, kept: Path) -> None:
     is copied, without its traceback.
 
     Raises:
-      FileNotFoundError: if no cell is finished.
-      ValueError: if a record is damaged.
-      OSError: if it cannot be written.
+      UserError: if no cell is finished, or a record is damaged.
     """
     if kept.resolve() == directory.resolve():
         write_report(kept)
@@ -137,13 +132,13 @@ def study_block(kept: Path, link: str) -> str:
       link: where that is, from the page.
 
     Raises:
-      FileNotFoundError: if no cell is finished.
-      ValueError: if the report's texts are not those of its records, or a record is damaged.
+      UserError: if no cell is finished, if the report's texts are not those of its records, or if
+        a record is damaged.
     """
     records = read_records(kept)
     for name, text in _texts(kept, records).items():
         if (kept / name).read_text() != text:
-            raise ValueError(
+            raise UserError(
                 f"`results` must have the {name} of its records, got another in {kept}: run "
                 f"scripts/report.py {kept}"
             )

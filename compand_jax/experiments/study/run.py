@@ -12,20 +12,20 @@ one is training come last. A lock is the operating system's, of an open file: it
 process, however that ends.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
-import itertools
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import jax
 
-from compand_jax.experiments.records import provenance, read_json, write_json
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.records import make_writable, provenance, read_json, write_json
 from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig, to_json
 from compand_jax.experiments.runs.directory import check_config
 from compand_jax.experiments.runs.run import load_run_data, train_stages
@@ -79,23 +79,19 @@ class Study:
         """Returns where the error of a cell is, if it failed."""
         return self.directory / "failures" / f"{cell.name}.json"
 
+    def lock_path(self, cell: Cell, *, of_parent: bool) -> Path:
+        """Returns what a process holds while it trains a cell, or its parent."""
+        if of_parent:
+            return self.parents_dir / f"{cell.parent_name}.lock"
+        return self.directory / "locks" / cell.name
+
+    def has_parent(self, cell: Cell) -> bool:
+        """Whether the cell's parent is trained."""
+        return (self.parents_dir / cell.parent_name / FULL_PRECISION / "result.json").is_file()
+
     def is_finished(self, cell: Cell) -> bool:
         """Whether the cell has its record."""
         return self.record_path(cell.name).is_file()
-
-
-def shard(cells: Sequence[Cell], text: str) -> list[Cell]:
-    """Returns every n-th cell, for `text` = "i/n", from the i-th on; i = n is the same as i = 0.
-
-    Raises:
-      ValueError: if the text is not i/n with 0 <= i <= n.
-    """
-    i, slash, n = text.partition("/")
-    if not (slash and i.isdecimal() and n.isdecimal() and 0 <= int(i) <= int(n) != 0):
-        raise ValueError(
-            f"`shard` must be i/n with i from 0 to n - 1 (or from 1 to n), got {text!r}: correct it"
-        )
-    return list(cells[int(i) % int(n) :: int(n)])
 
 
 def run_study(study: Study, cells: Sequence[Cell], *, progress: bool = True) -> list[str]:
@@ -107,36 +103,60 @@ def run_study(study: Study, cells: Sequence[Cell], *, progress: bool = True) -> 
       progress: whether to show where it is.
 
     Raises:
-      ValueError: if the directory is another study's, or holds a training of another
-        configuration under a name that is needed; nothing is trained then.
-      OSError: if it cannot be written, or a data set that is needed cannot be read.
+      UserError: if the directory is another study's, holds a training of another configuration
+        under a name that is needed, or cannot be written, or if a data set that is needed cannot
+        be read; nothing is trained then.
     """
     _open(study, cells)
-    failed, failed_parents = [], {}
-    for wait, (i, cell) in itertools.product((False, True), enumerate(cells, start=1)):
-        with _claimed(study.directory / "locks" / cell.name, wait=False) as mine:
-            if not mine or study.is_finished(cell) or cell.name in failed:
+    errors: dict[str, Exception] = {}
+    while (found := _next_cell(study, cells, errors)) is not None:
+        cell, is_parent, lock = found
+        with lock:
+            if progress:
+                at = f"[{cells.index(cell) + 1}/{len(cells)}] {cell.name}"
+                print(f"parent {cell.parent_name}" if is_parent else at, flush=True)
+            _attempt(study, cell, is_parent, errors, progress)
+        jax.clear_caches()  # of what is never called again
+    return [cell.name for cell in cells if cell.name in errors]
+
+
+def _next_cell(
+    study: Study, cells: Sequence[Cell], errors: Mapping[str, Exception]
+) -> tuple[Cell, bool, IO] | None:
+    """Returns the next cell to work on, whether its parent is to be trained first, and the lock.
+
+    The lock is the parent's or else the cell's. What another process is at is passed over; at the
+    end the parents that others train are waited for.
+    """
+    for wait in (False, True):
+        for cell in cells:
+            if cell.name in errors or study.is_finished(cell):
                 continue
-            try:
-                if cell.parent_name in failed_parents:
-                    raise failed_parents[cell.parent_name]
-                try:
-                    if not _finish_parent(study, cell, progress, wait=wait):
-                        continue
-                except Exception as error:  # whatever it is, its other cells fail by it too
-                    failed_parents[cell.parent_name] = error
-                    raise
-                if progress:
-                    print(f"[{i}/{len(cells)}] {cell.name}", flush=True)
-                _run_cell(study, cell, progress)
-            except Exception as error:  # whatever it is, the other cells go on
-                failed.append(cell.name)
-                _record_failure(study, cell, error)
-                if progress:
-                    print(f"  {cell.name} failed: {error}", flush=True)
-            finally:
-                jax.clear_caches()  # of what is never called again
-    return failed
+            is_parent = not (study.has_parent(cell) or cell.parent_name in errors)
+            path = study.lock_path(cell, of_parent=is_parent)
+            if (lock := _claim(path, wait=wait and is_parent)) is not None:
+                return cell, is_parent, lock
+    return None
+
+
+def _attempt(
+    study: Study, cell: Cell, is_parent: bool, errors: dict[str, Exception], progress: bool
+) -> None:
+    """Trains a cell, or its parent, unless another process just has; adds to the errors by name."""
+    try:
+        if is_parent and not study.has_parent(cell):
+            config = study.parent_run(cell)
+            train_stages(config, _data(config), progress=progress)
+        elif not is_parent and not study.is_finished(cell):
+            if not study.has_parent(cell):
+                raise errors[cell.parent_name]
+            _run_cell(study, cell, progress)
+    except Exception as error:  # whatever it is, the other cells go on
+        errors[cell.parent_name if is_parent else cell.name] = error
+        if not is_parent:
+            _record_failure(study, cell, error)
+        if progress:
+            print(f"  failed: {error}", flush=True)
 
 
 def _steps_per_call() -> int:
@@ -148,7 +168,7 @@ def _open(study: Study, cells: Sequence[Cell]) -> None:
     path = study.directory / "study.json"
     found = read_json(path)["preset"] if path.is_file() else study.preset
     if found != study.preset:
-        raise ValueError(
+        raise UserError(
             f"`out` must be a directory of the study {study.preset}, got {study.directory} of "
             f"{found}: choose another"
         )
@@ -158,42 +178,25 @@ def _open(study: Study, cells: Sequence[Cell]) -> None:
     for cell in cells:
         if not study.is_finished(cell):
             _data(study.cell_run(cell))
+    make_writable({"out": (study.directory, 0), "parents": (study.parents_dir, 0)})
     for name in ("locks", "records", "failures", "cells"):
-        (study.directory / name).mkdir(parents=True, exist_ok=True)
-    study.parents_dir.mkdir(parents=True, exist_ok=True)
+        (study.directory / name).mkdir(exist_ok=True)
     write_json(path, {"preset": study.preset})
-
-
-def _finish_parent(study: Study, cell: Cell, progress: bool, *, wait: bool) -> bool:
-    """Trains a cell's parent unless it is finished; returns whether it is now.
-
-    It is not where another process is at it, unless `wait` says to wait for that one.
-    """
-    config = study.parent_run(cell)
-    name, result = cell.parent_name, config.run_dir / FULL_PRECISION / "result.json"
-    if not result.is_file():
-        with _claimed(study.parents_dir / f"{name}.lock", wait=wait) as mine:
-            if not mine:
-                return False
-            if not result.is_file():
-                if progress:
-                    print(f"parent {name}", flush=True)
-                train_stages(config, _data(config), progress=progress)
-    if not study.record_path(name).is_file():
-        write_json(study.record_path(name), parent_record(name, config.run_dir))
-    return True
 
 
 def _run_cell(study: Study, cell: Cell, progress: bool) -> None:
     config = study.cell_run(cell)
     data = _data(config)
-    train_stages(config, data, progress=progress)
     assert config.parent_dir is not None
+    if not study.record_path(cell.parent_name).is_file():
+        parent = parent_record(cell.parent_name, config.parent_dir)
+        write_json(study.record_path(cell.parent_name), parent)
+    train_stages(config, data, progress=progress)
     record = cell_record(cell, config.run_dir, config.parent_dir, data)
     write_json(study.record_path(cell.name), record)
     study.failure_path(cell).unlink(missing_ok=True)
     if study.discard_checkpoints:
-        shutil.rmtree(config.run_dir / cell.method / "checkpoints")
+        shutil.rmtree(config.run_dir / cell.method.name / "checkpoints")
     if progress:
         print(f"  {record['row']['accuracy']:.2f} %", flush=True)
 
@@ -217,16 +220,15 @@ def _record_failure(study: Study, cell: Cell, error: Exception) -> None:
     write_json(study.failure_path(cell), failure | provenance())
 
 
-@contextlib.contextmanager
-def _claimed(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds the lock of a file while it is entered; yields whether it is held.
+def _claim(path: Path, *, wait: bool) -> IO | None:
+    """Returns the lock of a file, held until it is closed; None where another process holds it.
 
     The file stays: one that is deleted could be locked by two that opened it before and after.
     """
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    file = open(path, "a")  # noqa: SIM115  # it is the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

@@ -16,6 +16,7 @@ import report
 from compand_jax.experiments.benchmark import measure as benchmark
 from compand_jax.experiments.benchmark.measure import FULL, METHODS, MU_LAW, QWIX
 from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
+from compand_jax.experiments.errors import UserError
 
 STEP = {
     "network": "net",
@@ -168,7 +169,7 @@ def test_block_of_a_page(tmp_path):
     (place / "benchmark.json").write_text(json.dumps(RECORD))
     assert benchmark_text(RECORD) in report.filled(tmp_path)[page]
     page.write_text("no block\n")
-    with pytest.raises(ValueError, match="`root` must have one block for each record, got 0 for"):
+    with pytest.raises(UserError, match="`root` must have one block for each record, got 0 for"):
         report.filled(tmp_path)
 
 
@@ -194,21 +195,21 @@ def test_script_measures_and_records(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"methods": ("int3",)}, "`methods` must be of full precision.* got int3"),
-        ({"parts": ("all",)}, "`parts` must be of steps.* got all"),
+        ({"methods": ("int3",)}, r"`methods` must be of full precision.* got \('int3',\)"),
+        ({"parts": ("all",)}, r"`parts` must be of steps.* got \('all',\)"),
         ({"repetitions": 0}, "`repetitions` must be at least 1, got 0"),
-        ({"networks": ("alexnet",)}, "`networks` must be NETWORK:BATCH, got alexnet"),
+        ({"networks": ("alexnet",)}, r"`networks` must be NETWORK:BATCH, .* got \('alexnet',\)"),
         ({"networks": ("lenet:8",)}, "`name` must be one of"),
     ],
 )
 def test_wrong_arguments(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         script.Args(**fields)
 
 
 def test_without_qwix(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "qwix", None)
-    with pytest.raises(ValueError, match=r"`methods` must be installed, got qwix int8"):
+    with pytest.raises(UserError, match=r"`methods` must be installed, got qwix int8"):
         script.main(["--record-dir", str(tmp_path / "record")])
     assert not (tmp_path / "record").exists()
 
@@ -222,7 +223,7 @@ def test_dtypes_of_finished_runs(monkeypatch, tmp_path, capsys):
         "read_results",
         lambda directory: [{"stage": s, "test_accuracy": 90.0 + len(ran)} for s in stages],
     )
-    with pytest.raises(ValueError, match="`seeds` must be at least 2, got 1"):
+    with pytest.raises(UserError, match="`seeds` must be at least 2, got 1"):
         compare_dtypes.main(["--seeds", "1"])
     compare_dtypes.main(["--seeds", "2", "--record-dir", str(tmp_path)])
     assert [(config.dtype, config.seed) for config in ran] == [

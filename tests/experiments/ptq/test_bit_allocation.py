@@ -14,6 +14,7 @@ from tiny_runs import (  # noqa: F401
 )
 
 from compand_jax.data.calibration_images import choose_calibration_images
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.bit_allocation import (
     SiteLosses,
     allocate_bits,
@@ -66,7 +67,7 @@ def test_budget_that_is_met_exactly_is_within_it():
 @pytest.mark.quick
 @pytest.mark.parametrize("budget", [1.9, float("nan")])
 def test_budget_below_the_fewest_bits(budget):
-    with pytest.raises(ValueError, match=f"`budget` must be at least 2 bits per .*, got {budget}"):
+    with pytest.raises(UserError, match=f"`budget` must be at least 2 bits per .*, got {budget}"):
         allocate_bits({"a": {2: 1.0, 3: 0.5}}, {"a": 7}, budget)
 
 

@@ -16,12 +16,13 @@ from tiny_runs import (  # noqa: F401
 )
 
 from compand_jax.calibration.fit import CALIBRATIONS
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq import run as post_training_run
 from compand_jax.experiments.ptq.bit_allocation import at_bits
+from compand_jax.experiments.ptq.checkpoint import Checkpoint
 from compand_jax.experiments.ptq.record import document, results_by_setting
 from compand_jax.experiments.ptq.run import PostTrainingConfig, run
 from compand_jax.experiments.ptq.tables import base_setting, lead_text, tables
-from compand_jax.experiments.runs.checkpoint import Checkpoint
 
 BASE = base_setting("mse", error_feedback=False, batch_stats=True)
 
@@ -205,14 +206,14 @@ def test_record_of_another_configuration_or_other_files(config, evaluated, tmp_p
         ({"images": 39, "test_images": 7}, "images is 40 there, 39 here; test_images is 19 there"),
         ({"calibration": "mse"}, "calibration is 'absmax' there, 'mse' here"),
     ):
-        with pytest.raises(ValueError, match=f"`out` must be of this configuration.*{message}"):
+        with pytest.raises(UserError, match=f"`out` must be of this configuration.*{message}"):
             run(dataclasses.replace(config, **fields), progress=False)
     assert snapshot(config.out) == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("")
-    with pytest.raises(ValueError, match="`out` must be new, empty or a record's directory, got"):
+    with pytest.raises(UserError, match="`out` must be new, empty or a record's directory, got"):
         run(dataclasses.replace(config, out=tmp_path / "other"), progress=False)
-    with pytest.raises(ValueError, match="`out` must be a directory that can be written, got"):
+    with pytest.raises(UserError, match="`out` must be a directory that can be written, got"):
         run(dataclasses.replace(config, out=tmp_path / "other" / "file"), progress=False)
 
 
@@ -248,19 +249,19 @@ def test_a_damaged_record_is_left_as_it_is(config, evaluated, monkeypatch):
         text = damage(json.loads(json.dumps(whole)), way)
         (config.out / "results.json").write_text(text)
         before = snapshot(config.out)
-        with pytest.raises(ValueError, match="`out` must hold a record of scripts/ptq.py, got"):
+        with pytest.raises(UserError, match="`out` must hold a record of scripts/ptq.py, got"):
             run(config, progress=False)
         assert snapshot(config.out) == before, way
 
 
 def test_nan_and_too_many_images_are_errors_before_anything_is_made(config, monkeypatch):
-    with pytest.raises(ValueError, match="`images` must be from 1 to the 64 training images, got"):
+    with pytest.raises(UserError, match="`images` must be from 1 to the 64 training images, got"):
         run(dataclasses.replace(config, images=65), progress=False)
     variables = tiny_variables()
     variables["params"]["dense"]["kernel"] *= np.nan
     checkpoint = Checkpoint("tiny", TinyNet(), variables, tiny_data(), 1, True)
     monkeypatch.setattr(post_training_run, "load_checkpoint", lambda *_, **__: checkpoint)
-    with pytest.raises(ValueError, match="got NaN or infinity in params/dense/kernel"):
+    with pytest.raises(UserError, match="got NaN or infinity in params/dense/kernel"):
         run(config, progress=False)
     assert not config.out.exists()
 
@@ -285,11 +286,11 @@ def test_nan_and_too_many_images_are_errors_before_anything_is_made(config, monk
     ],
 )
 def test_wrong_fields(tmp_path, fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         PostTrainingConfig(tmp_path, **fields)
 
 
 @pytest.mark.quick
 def test_bits_that_have_swallowed_the_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="`checkpoint` must be .* not exist: give it before --bit"):
+    with pytest.raises(UserError, match="`checkpoint` must be .* not exist: give it before --bit"):
         PostTrainingConfig(tmp_path / "3", bits=())

@@ -16,6 +16,7 @@ from tiny_runs import (  # noqa: F401
 
 from compand_jax import Rule, quantize_model
 from compand_jax.data.calibration_images import choose_calibration_images
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.settings import (
     Setting,
     evaluate_full_precision,
@@ -192,11 +193,11 @@ def test_numbers_that_are_not_finite_are_named_by_path():
         "`checkpoint` must hold finite numbers, got NaN or infinity in batch_stats/norm/var, "
         "params/conv/kernel: give one"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         require_finite(variables)
     data = tiny_data()
     calibration = choose_calibration_images(data, 8, pad=0, flip=False, seed=0)
-    with pytest.raises(ValueError, match="NaN or infinity in batch_stats/norm/var, params/conv/k"):
+    with pytest.raises(UserError, match="NaN or infinity in batch_stats/norm/var, params/conv/k"):
         observe_network(TinyNet(), variables, data, calibration)
 
 

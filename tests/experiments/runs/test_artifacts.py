@@ -16,17 +16,18 @@ from tiny_runs import (  # noqa: F401
     tiny_data,
 )
 
-from compand_jax.experiments.runs import artifacts
+from compand_jax.experiments.runs import export as exports
 from compand_jax.experiments.runs import run as experiments
+from compand_jax.experiments.runs.config import Method
 
 
 @pytest.fixture
 def finished_run(tiny, tmp_path, monkeypatch):  # noqa: F811
     """A finished run of the tiny network, which the scripts find by its name."""
-    for module in (evaluate, export):
-        monkeypatch.setattr(module, "load_data", lambda *_: tiny_data())
-    monkeypatch.setattr(artifacts, "create_model", lambda num_classes, **_: TinyNet(num_classes))
-    config = tiny_config(tmp_path / "run", epochs=1, methods=("uniform", "mu_law-per_layer"))
+    monkeypatch.setattr(evaluate, "load_data", lambda *_: tiny_data())
+    monkeypatch.setattr(exports, "create_model", lambda num_classes, **_: TinyNet(num_classes))
+    methods = Method("uniform"), Method("mu_law", "per_layer")
+    config = tiny_config(tmp_path / "run", epochs=1, methods=methods)
     experiments.run(config, progress=False)
     return config.run_dir
 

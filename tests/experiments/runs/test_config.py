@@ -7,17 +7,19 @@ from pathlib import Path
 import pytest
 
 from compand_jax import QuantConfig, Rule
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs.config import (
     FREE_FIELDS,
     METHODS,
-    PRESETS,
+    METHODS_BY_NAME,
+    Method,
     RunConfig,
     differences,
     from_json,
-    preset,
     to_json,
     unknown_fields,
 )
+from compand_jax.experiments.runs.presets import PRESETS, preset
 
 pytestmark = pytest.mark.quick
 
@@ -55,7 +57,7 @@ def test_presets_are_the_promised_ones():
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="`preset` must be one of digits, .*, got 'x': choose one"):
+    with pytest.raises(UserError, match="`preset` must be one of digits, .*, got 'x': choose one"):
         preset("x")
 
 
@@ -67,8 +69,8 @@ def test_unknown_preset():
         ({"block_order": "act"}, "`block_order` must be one of conv_norm_act, .*, got 'act'"),
         ({"dtype": "int8"}, "`dtype` must be one of float32, bfloat16, float16, got 'int8'"),
         ({"calibration": "max"}, "`calibration` must be one of mse, absmax, .*, output, got 'max'"),
-        ({"methods": ("x",)}, r"`methods` must be different ones of .*, got \('x',\)"),
-        ({"methods": ("uniform",) * 2}, "`methods` must be different ones of"),
+        ({"methods": (Method("x"),)}, "`methods` must be different ones of .*quantizer='x'"),
+        ({"methods": (Method("uniform"),) * 2}, "`methods` must be different ones of"),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1"),
         ({"epochs": -1}, "`epochs` must be an integer of at least 0, got -1"),
         ({"epochs": 0}, "`epochs` must be an integer of at least 1, or 0 with `state_dict` or `p"),
@@ -85,7 +87,7 @@ def test_unknown_preset():
     ],
 )
 def test_wrong_fields(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         RunConfig(**fields)
 
 
@@ -94,7 +96,11 @@ def test_differences_are_what_can_change_a_result():
     for field in FREE_FIELDS:
         assert field in to_json(config)
     free = dataclasses.replace(
-        config, methods=("uniform",), run_dir=Path("x"), steps_per_call=7, checkpoint_every=3
+        config,
+        methods=(Method("uniform"),),
+        run_dir=Path("x"),
+        steps_per_call=7,
+        checkpoint_every=3,
     )
     assert differences(to_json(free), config) == []
     quant = QuantConfig(weight_bits=3)
@@ -107,3 +113,25 @@ def test_differences_are_what_can_change_a_result():
     # What an older version did not know has its default.
     assert differences({"quant": {}}, config) == []
     assert unknown_fields({"seed": 0, "x": 1, "quant": {"y": 2}}) == ["quant.y", "x"]
+
+
+def test_methods_go_by_the_names_of_their_directories():
+    assert list(METHODS_BY_NAME) == [
+        "full_precision_continued", "uniform", "mu_law-single", "mu_law-separate",
+        "mu_law-per_layer",
+    ]  # fmt: skip
+    assert to_json(RunConfig())["methods"] == list(METHODS_BY_NAME)
+    assert from_json({"methods": ["mu_law-separate"]}).methods == (Method("mu_law", "separate"),)
+    with pytest.raises(UserError, match="`methods` must be of full_precision_.*, got \\['x'\\]"):
+        from_json({"methods": ["x"]})
+
+
+def test_configurations_of_recorded_runs_are_read():
+    for path in Path(__file__).parents[3].glob("results/*/config.json"):
+        stored = json.loads(path.read_text())
+        assert unknown_fields(stored) == []
+        again = to_json(from_json(stored))
+        assert {name: again[name] for name in stored if name != "quant"} == {
+            name: stored[name] for name in stored if name != "quant"
+        }
+        assert stored["quant"].items() <= again["quant"].items()

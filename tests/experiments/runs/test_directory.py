@@ -12,8 +12,9 @@ from compand_jax import QuantConfig
 from compand_jax.experiments import records
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import write_json
-from compand_jax.experiments.runs.config import FULL_PRECISION, METHODS, to_json
+from compand_jax.experiments.runs.config import FULL_PRECISION, METHODS, Method, to_json
 from compand_jax.experiments.runs.directory import (
+    find_stages,
     finished_stages,
     open_run_dir,
     read_config,
@@ -22,6 +23,7 @@ from compand_jax.experiments.runs.directory import (
 
 pytestmark = pytest.mark.quick
 
+UNIFORM, PER_LAYER = Method("uniform"), Method("mu_law", "per_layer")
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -68,10 +70,10 @@ def test_fields_of_the_fine_tuning_may_change_until_it_begins(config):
 
 
 def test_methods_add_up(config):
-    open_run_dir(replace(config, methods=("uniform", "mu_law-single")), 1)
+    open_run_dir(replace(config, methods=(UNIFORM, Method("mu_law", "single"))), 1)
     (config.run_dir / "uniform").mkdir()
-    open_run_dir(replace(config, methods=("mu_law-per_layer",)), 1)
-    assert read_config(config.run_dir).methods == ("uniform", "mu_law-per_layer")
+    open_run_dir(replace(config, methods=(PER_LAYER,)), 1)
+    assert read_config(config.run_dir).methods == (UNIFORM, PER_LAYER)
 
 
 def test_directory_with_other_files(config):
@@ -86,7 +88,8 @@ def test_directory_with_other_files(config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "`run_dir` must hold a configuration, got .*config.json, which is no JSON"),
+        ("{", "`path` must be a JSON file, got .*config.json .*: restore it, or delete it"),
+        ('{"quant": 4}', "this version's configuration, got .*config.json with none: choose"),
         ('{"seed": 0, "future": 1}', "this version's configuration, .* the unknown fields future"),
         ("[]", "`run_dir` must hold this version's configuration"),
     ],
@@ -147,11 +150,12 @@ def test_full_disk_before_the_run(config, tmp_path, monkeypatch):
 
 
 def test_results_come_in_the_order_of_the_stages(tmp_path):
-    for name in (METHODS[3], FULL_PRECISION, METHODS[0]):
+    names = [method.name for method in METHODS]
+    for name in (names[3], FULL_PRECISION, names[0]):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "result.json", {"stage": name})
-    (tmp_path / METHODS[1]).mkdir()  # not finished
-    expected = [FULL_PRECISION, METHODS[0], METHODS[3]]
+    (tmp_path / names[1]).mkdir()  # not finished
+    expected = [FULL_PRECISION, names[0], names[3]]
     assert finished_stages(tmp_path) == expected
     assert [result["stage"] for result in read_results(tmp_path)] == expected
 
@@ -160,3 +164,27 @@ def test_configuration_is_written_as_json(config):
     open_run_dir(config, 1)
     stored = json.loads(Path(config.run_dir / "config.json").read_text())
     assert stored == json.loads(json.dumps(to_json(config)))
+
+
+def test_a_stage_is_found_by_its_directory_or_its_runs(config, monkeypatch):
+    open_run_dir(config, 1)
+    run_dir = config.run_dir
+    for name in (FULL_PRECISION, "uniform"):
+        (run_dir / name).mkdir()
+        write_json(run_dir / name / "result.json", {})
+    (run_dir / "mu_law-single").mkdir()  # not finished
+    assert find_stages(run_dir) == (run_dir, [FULL_PRECISION, "uniform"])
+    assert find_stages(run_dir / "uniform") == (run_dir, ["uniform"])
+    assert find_stages(run_dir / "mu_law-single") == (run_dir, [])
+    monkeypatch.chdir(run_dir)
+    assert find_stages(Path("uniform")) == (run_dir, ["uniform"])
+    assert find_stages(run_dir.parent) == (run_dir.parent, [])
+
+
+def test_configuration_with_a_wrong_field(config):
+    open_run_dir(config, 1)
+    stored = json.loads((config.run_dir / "config.json").read_text())
+    for field, value in {"methods": ["x"], "epochs": -1}.items():
+        write_json(config.run_dir / "config.json", stored | {field: value})
+        with pytest.raises(UserError, match=f"`{field}` must be .*, got"):
+            read_config(config.run_dir)

@@ -13,8 +13,8 @@ from small_models import KEY, drawn
 
 import compand_jax as cj
 from compand_jax.data.images import normalize
-from compand_jax.experiments.runs import artifacts
-from compand_jax.experiments.runs.export import to_onnx, to_stablehlo
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.runs.export import load_predictor, to_onnx, to_stablehlo
 from compand_jax.models import AlexNet
 
 pytestmark = pytest.mark.filterwarnings(
@@ -68,7 +68,7 @@ def test_stablehlo_runs_without_this_library(tmp_path):
     assert process.returncode == 0, process.stderr
     for n, name in zip((1, 7), names, strict=True):
         np.testing.assert_allclose(np.load(name + ".out.npy"), predict(images(n)), atol=1e-5)
-    found, data_set = artifacts.load_predictor(path)
+    found, data_set = load_predictor(path)
     np.testing.assert_allclose(found(images(7)), predict(images(7)), atol=1e-5)
     assert data_set == "digits"
 
@@ -82,16 +82,16 @@ def test_files_that_cannot_be_run(tmp_path):
     }.items():
         path = tmp_path / f"x.{suffix}"
         path.write_bytes(b"not a model" * 99)
-        with pytest.raises(ValueError, match=message):
-            artifacts.load_predictor(path)
+        with pytest.raises(UserError, match=message):
+            load_predictor(path)
     frozen, _ = network(weight_bits=3)
     frozen.save(tmp_path / "own.safetensors")
-    with pytest.raises(ValueError, match="without 'model': use load_frozen with your own model"):
-        artifacts.load_predictor(tmp_path / "own.safetensors")
+    with pytest.raises(UserError, match="without 'model': use load_frozen with your own model"):
+        load_predictor(tmp_path / "own.safetensors")
     other = to_stablehlo(lambda x: x.sum((1, 2)), (5, 5, 2), jnp.float32)
     (tmp_path / "other.stablehlo").write_bytes(other)
-    with pytest.raises(ValueError, match="must be for a known data set, got .* \\[5, 5, 2\\]"):
-        artifacts.load_predictor(tmp_path / "other.stablehlo")
+    with pytest.raises(UserError, match="must be for a known data set, got .* \\[5, 5, 2\\]"):
+        load_predictor(tmp_path / "other.stablehlo")
 
 
 @pytest.mark.onnx
@@ -108,7 +108,7 @@ def test_onnx(config, tmp_path):
     written = to_onnx(lambda x: frozen.apply_dense(normalize(x, (0.5,), (0.3,))), SHAPE, np.uint8)
     path = tmp_path / "model.onnx"
     path.write_bytes(written)
-    found, data_set = artifacts.load_predictor(path)
+    found, data_set = load_predictor(path)
     assert data_set == "digits"
     for n in (1, 64):
         expected = np.asarray(predict(images(n)))
@@ -116,8 +116,8 @@ def test_onnx(config, tmp_path):
         # A last bit in the convolution can flip an activation's code.
         assert same.all() if config["act_bits"] is None else same.mean() > 0.8
     path.write_bytes(written[: len(written) // 2])
-    with pytest.raises(ValueError, match="`path` must be an ONNX file"):
-        artifacts.load_predictor(path)
+    with pytest.raises(UserError, match="`path` must be an ONNX file"):
+        load_predictor(path)
 
 
 @pytest.mark.onnx

@@ -12,8 +12,7 @@ from tiny_runs import SCRIPTS, rows_without_time, tree_bytes
 
 from compand_jax.data.images import load_data
 from compand_jax.experiments.runs.config import FULL_PRECISION
-from compand_jax.experiments.runs.directory import read_results
-from compand_jax.experiments.runs.run import finished_stages, read_config
+from compand_jax.experiments.runs.directory import finished_stages, read_config, read_results
 from compand_jax.experiments.runs.stages import finished
 from compand_jax.training.metrics_log import read_log
 

@@ -14,7 +14,7 @@ SITES = ("conv1", "dense")
 
 
 def result(stage, correct, bits=4, size=4_200, **fields):
-    quantized = stage not in (FULL_PRECISION, CONTROL)
+    quantized = stage not in (FULL_PRECISION, CONTROL.name)
     return {
         "stage": stage,
         "method": stage.partition("-")[0],
@@ -36,7 +36,7 @@ def result(stage, correct, bits=4, size=4_200, **fields):
 
 RESULTS = [
     result(FULL_PRECISION, 354, size=123_456),
-    result(CONTROL, 357, size=12_345_678),
+    result(CONTROL.name, 357, size=12_345_678),
     result("uniform", 348),
     result("mu_law-per_layer", 357),
     result("mu_law-single", 360, bits=3),

@@ -22,6 +22,7 @@ from tiny_runs import (
 
 from compand_jax import QuantConfig, partition_optimizer
 from compand_jax.data.images import normalize
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs import stages
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, to_json
 from compand_jax.layers.partition import label_parameters
@@ -29,7 +30,7 @@ from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.fit import fit
 from compand_jax.training.steps import TrainState, create_state
 
-MU_LAW = "mu_law-separate"
+CONTINUED, MU_LAW = CONTROL.name, "mu_law-separate"
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +56,10 @@ def checkpoints_of(config, name):
 def begin(config, name, checkpoints=None) -> tuple[stages.Stage, TrainState, dict]:
     data = tiny_data()
     stage = stages.make_stage(config, data, name)
-    return stages.start_or_resume(config, data, stage, checkpoints or checkpoints_of(config, name))
+    return stages.start_or_resume(stage, checkpoints or checkpoints_of(config, name))
 
 
-@pytest.mark.parametrize("name", [CONTROL, "uniform", MU_LAW])
+@pytest.mark.parametrize("name", [CONTINUED, "uniform", MU_LAW])
 def test_fine_tuning_starts_from_the_full_precision_variables(parent, name):
     config, end = parent
     _, state, _ = begin(config, name)
@@ -67,7 +68,7 @@ def test_fine_tuning_starts_from_the_full_precision_variables(parent, name):
     chex.assert_trees_all_equal(state.model_state, end.model_state)
     momenta = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.dtype == jnp.float32]
     assert not any(np.any(leaf) for leaf in momenta)
-    assert ("compand" in state.params) == (name != CONTROL)
+    assert ("compand" in state.params) == (name != CONTINUED)
 
 
 def test_calibrated_accuracy_is_that_of_the_start(parent):
@@ -86,7 +87,7 @@ def test_control_and_methods_have_one_schedule(parent):
     config, _ = parent
     data = tiny_data()
     control, uniform, mu_law = (
-        stages.make_stage(config, data, name) for name in (CONTROL, "uniform", MU_LAW)
+        stages.make_stage(config, data, name) for name in (CONTINUED, "uniform", MU_LAW)
     )
     assert control.fit == uniform.fit == mu_law.fit
     rates = [
@@ -105,7 +106,7 @@ def test_control_and_methods_have_one_schedule(parent):
 
 def test_schedule_without_warm_up(parent):
     config = replace(parent[0], warmup_epochs=0.0)
-    schedule = stages.make_stage(config, tiny_data(), CONTROL).schedules["learning_rate"]
+    schedule = stages.make_stage(config, tiny_data(), CONTINUED).schedules["learning_rate"]
     assert [float(schedule(step)) for step in (0, 2, 4)] == pytest.approx([0.02, 0.01, 0])
 
 
@@ -164,34 +165,41 @@ def test_resumes_with_the_sites_of_its_checkpoint(parent):
     assert resumed.model == stage.model
     assert found == json.loads(json.dumps(metadata))
     other = replace(config, quant=QuantConfig(weight_granularity="channel"))
-    with pytest.raises(ValueError, match="must be one of this model, with .*weight_scale float32"):
+    with pytest.raises(UserError, match="must be one of this model, with .*weight_scale float32"):
         begin(other, MU_LAW)
 
 
-def test_calibration_batches_are_augmented_training_images(parent):
-    config, data = replace(parent[0], calibration_batches=6), tiny_data()
-    batches = list(stages.calibration_batches(config, data, jax.random.key(1)))
-    assert [batch[0].shape for batch in batches] == [(16, 4, 4, 1)] * 6
-    first_four = np.concatenate([batch[0] for batch in batches[:4]])
+def test_calibration_batches_are_augmented_training_images(parent, monkeypatch):
+    seen = []
+
+    def calibrate(qmodel, variables, batches, **_):
+        seen.append([np.asarray(batch) for batch in batches])
+        return qmodel, variables
+
+    monkeypatch.setattr(stages.QuantizedModel, "calibrate", calibrate)
+    data = tiny_data()
+    for fields in ({}, {"pad": 2}):
+        config = replace(parent[0], calibration_batches=6, **fields)
+        stages.make_stage(config, data, MU_LAW).start()
+    batches, augmented = seen
+    assert [batch.shape for batch in batches] == [(16, 4, 4, 1)] * 6
     everything = np.asarray(normalize(data.train_images, data.mean, data.std))
     # All 64 images once, in another order; then from the front again.
-    assert sorted(map(bytes, first_four)) == sorted(map(bytes, everything))
-    np.testing.assert_array_equal(batches[4][0], batches[0][0])
-    augmented = replace(config, pad=2)
-    other = next(iter(stages.calibration_batches(augmented, data, jax.random.key(1))))[0]
-    assert np.any(other != batches[0][0])
+    assert sorted(map(bytes, np.concatenate(batches[:4]))) == sorted(map(bytes, everything))
+    np.testing.assert_array_equal(batches[4], batches[0])
+    assert np.any(augmented[0] != batches[0])
 
 
 def test_a_parent_elsewhere_is_what_the_fine_tuning_starts_from(parent):
     config, end = parent
     child = replace(config, run_dir=config.run_dir / "child", parent_dir=config.run_dir, seed=7)
     (config.run_dir / "config.json").write_text(json.dumps(to_json(config)))
-    _, state, _ = begin(child, CONTROL)
+    _, state, _ = begin(child, CONTINUED)
     chex.assert_trees_all_equal(state.params["params"], end.params["params"])
-    own = begin(config, CONTROL)[1]
+    own = begin(config, CONTINUED)[1]
     assert np.any(jax.random.key_data(state.key) != jax.random.key_data(own.key))
-    with pytest.raises(FileNotFoundError, match="`run_dir` must be a run's directory, with config"):
-        begin(replace(child, parent_dir=config.run_dir / "none"), CONTROL)
+    with pytest.raises(UserError, match="`run_dir` must be a run's directory, with config"):
+        begin(replace(child, parent_dir=config.run_dir / "none"), CONTINUED)
 
 
 def test_calibration_holds_the_mu_that_is_given(parent):
@@ -209,8 +217,7 @@ def test_state_bytes(monkeypatch, tmp_path):
     variables = tiny_variables()
     trained = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     statistics = sum(leaf.size for leaf in jax.tree.leaves(variables["batch_stats"]))
-    count = stages.state_bytes(tiny_config(tmp_path), tiny_data(), stage)
-    assert count == pytest.approx(4 * (2 * trained + statistics), abs=8)  # and the step
+    assert stage.state_bytes == pytest.approx(4 * (2 * trained + statistics), abs=8)  # and the step
 
 
 @pytest.mark.quick

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs.config import CONTROL, METHODS, to_json
 from compand_jax.experiments.study.grid import (
     FIXED_255,
@@ -12,6 +13,7 @@ from compand_jax.experiments.study.grid import (
     LEARNED,
     PER_LAYER,
     STUDIES,
+    UNIFORM,
     study_cells,
 )
 from compand_jax.models import BLOCK_ORDERS
@@ -33,7 +35,7 @@ def expected(model, dataset, order, bits, methods, seeds):
     cells = Counter()
     for seed in seeds:
         for method in methods:
-            mu = LEARNED if method.startswith("mu_law") else None
+            mu = None if method.mu_scope is None else LEARNED
             for count in [None] if method == CONTROL else bits:
                 cells[model, dataset, order, count, method, mu, seed] += 1
     return cells
@@ -52,7 +54,7 @@ def test_paper():
 
 
 def test_laptop():
-    some = (CONTROL, "uniform", PER_LAYER)
+    some = (CONTROL, UNIFORM, PER_LAYER)
     wanted = expected("alexnet-bn", "cifar10", FIRST, (4, 3, 2), METHODS, (0,))
     wanted += expected("alexnet-bn", "cifar10", SECOND, (4,), METHODS, (0,))
     wanted += expected("alexnet-bn", "cifar10", FIRST, (4, 3, 2), some, (1, 2))
@@ -74,7 +76,7 @@ def test_literature(checkpoint):
         (model, bits, method)
         for model in ("resnet20", "vgg-small")
         for bits, method in [(None, CONTROL),
-                             *((b, m) for b in (4, 3, 2) for m in ("uniform", PER_LAYER))]
+                             *((b, m) for b in (4, 3, 2) for m in (UNIFORM, PER_LAYER))]
     }  # fmt: skip
     for cell in cells:
         if cell.method != CONTROL:
@@ -101,7 +103,7 @@ def test_literature(checkpoint):
 def test_short_run_of_vgg19():
     cells = study_cells("vgg19-short")
     assert [(cell.bits, cell.method) for cell in cells] == [
-        (None, CONTROL), (4, "uniform"), (4, PER_LAYER)]  # fmt: skip
+        (None, CONTROL), (4, UNIFORM), (4, PER_LAYER)]  # fmt: skip
     assert {(cell.parent.epochs, cell.config.finetune_epochs) for cell in cells} == {(6, 1)}
 
 
@@ -121,12 +123,12 @@ def test_networks_alone():
     cells = study_cells("literature", networks=("vgg-small",))
     assert {cell.config.model for cell in cells} == {"vgg-small"}
     message = "`networks` must be of resnet20, vgg-small, got vgg19: correct it"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         study_cells("literature", networks=("vgg19",))
 
 
 def test_wrong_preset_and_checkpoint():
-    with pytest.raises(ValueError, match="`preset` must be one of paper, .*, got 'x': choose one"):
+    with pytest.raises(UserError, match="`preset` must be one of paper, .*, got 'x': choose one"):
         study_cells("x")
-    with pytest.raises(ValueError, match="`checkpoint` must go with the preset literature, got la"):
+    with pytest.raises(UserError, match="`checkpoint` must go with the preset literature, got la"):
         study_cells("laptop", checkpoint=Path("x.npz"))

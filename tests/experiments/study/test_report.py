@@ -228,19 +228,19 @@ def test_kept_records_fill_the_readme_and_only_agreeing_ones(directory, tmp_path
     report.main(["--check"])
 
     (kept / "report.md").write_text("# The study smoke\n")
-    with pytest.raises(ValueError, match="`results` must have the report.md of its records, got"):
+    with pytest.raises(UserError, match="`results` must have the report.md of its records, got"):
         study_block(kept, "results/smoke")
     write_report(kept)
     path = kept / "summary.csv"
     path.write_text(path.read_text().replace("-9.0", "-8.0"))
-    with pytest.raises(ValueError, match="`results` must have the summary.csv of its records, got"):
+    with pytest.raises(UserError, match="`results` must have the summary.csv of its records, got"):
         study_block(kept, "results/smoke")
     write_report(kept)
     path = kept / "records" / "mu-0.json"
     changed = json.loads(path.read_text())
     changed["row"]["accuracy"] = 79.9
     write_json(path, changed)
-    with pytest.raises(ValueError, match="`results` must have the results.csv of its records, got"):
+    with pytest.raises(UserError, match="`results` must have the results.csv of its records, got"):
         report.main(["--check"])
     write_report(kept)
     with pytest.raises(UserError, match="`root` must have the tables of its records, got others"):
@@ -287,17 +287,17 @@ def test_a_study_without_a_block_is_not_kept(directory, tmp_path, monkeypatch, c
 def test_damaged_records_are_named(directory, text):
     path = directory / "records" / "uniform-0.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"must .*, got .*records/uniform-0\.json .*delete it"):
+    with pytest.raises(UserError, match=r"must .*, got .*records/uniform-0\.json .*delete it"):
         read_records(directory)
 
 
 def test_no_study_and_no_finished_cell(tmp_path):
-    with pytest.raises(FileNotFoundError, match="`directory` must be a study's, with study.json"):
+    with pytest.raises(UserError, match="`directory` must be a study's, with study.json"):
         report.main([str(tmp_path)])
     for wrong in ({"preset": ""}, [], {"preset": ["smoke"]}):
         write_json(tmp_path / "study.json", wrong)
-        with pytest.raises(ValueError, match=r"`preset` must be one of paper, .*study\.json: rest"):
+        with pytest.raises(UserError, match=r"`preset` must be one of paper, .*study\.json: rest"):
             report.main([str(tmp_path)])
     write_json(tmp_path / "study.json", {"preset": "smoke"})
-    with pytest.raises(FileNotFoundError, match="`directory` must be a study's, with a finish"):
+    with pytest.raises(UserError, match="`directory` must be a study's, with a finish"):
         report.main([str(tmp_path), "--no-keep"])

@@ -1,7 +1,5 @@
 """A study's cells: each run once, from one parent, whatever stops or fails; and shared out."""
 
-import contextlib
-import itertools
 import json
 import shutil
 import signal
@@ -25,15 +23,17 @@ from tiny_runs import (
     use_tiny,
 )
 
+from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs import run as experiments
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION
 from compand_jax.experiments.runs.directory import read_config
 from compand_jax.experiments.runs.stages import finished
+from compand_jax.experiments.study import listing
 from compand_jax.experiments.study import run as study
-from compand_jax.experiments.study.estimates import estimates_table
 from compand_jax.experiments.study.grid import FIXED_255, PER_LAYER, grid, study_cells
+from compand_jax.experiments.study.listing import list_cells
 from compand_jax.experiments.study.records import ROW, histogram_edges
-from compand_jax.experiments.study.run import Study, run_study, shard
+from compand_jax.experiments.study.run import Study, run_study
 from compand_jax.training import fit as training
 
 PARENT = tiny_config(Path(), steps_per_call=1)
@@ -110,7 +110,7 @@ def test_every_cell_is_a_run_of_its_own_from_the_one_parent(done, tiny):  # noqa
         row = record(done, name)["row"]
         assert tuple(row) == ROW
         assert row["parent_accuracy"] == record(done, PARENT_NAME)["row"]["accuracy"]
-        state = finished(config, tiny_data(), cell.method)[1]
+        state = finished(config, tiny_data(), cell.method.name)[1]
         assert int(state.step) == row["steps"] == 4  # one epoch of four steps
         kernels.add(np.asarray(state.params["params"]["conv"]["kernel"]).tobytes())
         orders.append(np.asarray(jax.random.key_data(state.key)).tobytes())
@@ -161,7 +161,7 @@ def test_a_fixed_mu_stays_and_a_learned_one_moves(done):
 def test_histograms_are_of_what_is_quantized(done, tiny):  # noqa: F811
     found = record(done, NAMES[1])
     config = read_config(done / "cells" / NAMES[1])
-    state = finished(config, tiny_data(), PER_LAYER)[1]
+    state = finished(config, tiny_data(), PER_LAYER.name)[1]
     data = tiny_data()
     kernel = np.asarray(state.params["params"]["conv"]["kernel"], np.float64).ravel()
     scale = found["quantizers"]["conv"]["weight_scale"]
@@ -198,13 +198,13 @@ def test_a_stopped_cell_goes_on_where_it_was(done, tmp_path, tiny, trained, monk
     with pytest.raises(KeyboardInterrupt):
         run_study(at(tmp_path), cells, progress=False)
     assert not (tmp_path / "records" / f"{NAMES[0]}.json").exists()
-    checkpoints = tmp_path / "cells" / NAMES[0] / CONTROL / "checkpoints"
+    checkpoints = tmp_path / "cells" / NAMES[0] / CONTROL.name / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["4"]
     monkeypatch.setattr(training, "append_log", whole)
     assert run_study(at(tmp_path), cells, progress=False) == []
     steps = [row["step"] for row in record(tmp_path, NAMES[0])["curve"]]
     assert steps == list(range(1, 9))
-    assert trained == {f"cells/{NAMES[0]}/{CONTROL}": 2}  # and no parent
+    assert trained == {f"cells/{NAMES[0]}/{CONTROL.name}": 2}  # and no parent
 
 
 def replace_config(cell, **fields):
@@ -217,7 +217,7 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(done, tmp_path, tiny):  
     failed = run_study(at(tmp_path), [wrong, CELLS[0]], progress=False)
     assert failed == [wrong.name]
     failure = json.loads((tmp_path / "failures" / f"{wrong.name}.json").read_text())
-    assert failure["error"].startswith("FloatingPointError: `learning_rate` must keep")
+    assert failure["error"].startswith("UserError: `learning_rate` must keep")
     assert failure["date"]
     assert at(tmp_path).is_finished(CELLS[0])
     # Tried again, it is finished, and no failure any more.
@@ -241,18 +241,18 @@ def test_parents_elsewhere_are_taken_as_they_are(done, tmp_path, tiny, trained):
     there = at(tmp_path / "study", parents=tmp_path / "parents", discard_checkpoints=True)
     assert run_study(there, CELLS[:1], progress=False) == []
     assert snapshot(done) == before
-    assert list(trained) == [f"cells/{NAMES[0]}/{CONTROL}"]
+    assert list(trained) == [f"cells/{NAMES[0]}/{CONTROL.name}"]
     assert record(tmp_path / "study", PARENT_NAME) == record(done, PARENT_NAME)
     assert not list((tmp_path / "study").rglob("checkpoints"))
 
 
 def test_another_configuration_is_refused_before_any_training(done, tiny, trained):  # noqa: F811
     other = replace(CELLS[0], parent=replace(PARENT, epochs=5))
-    with pytest.raises(ValueError, match="got .*parents/.* where epochs is 2 there, 5 here"):
+    with pytest.raises(UserError, match="got .*parents/.* where epochs is 2 there, 5 here"):
         run_study(at(done), [other], progress=False)
-    with pytest.raises(ValueError, match="got .*cells/.* where finetune_epochs is 1 there, 2 here"):
+    with pytest.raises(UserError, match="got .*cells/.* where finetune_epochs is 1 there, 2 here"):
         run_study(at(done), [replace_config(CELLS[0], finetune_epochs=2)], progress=False)
-    with pytest.raises(ValueError, match="`out` must be a directory of the study paper, got .* of"):
+    with pytest.raises(UserError, match="`out` must be a directory of the study paper, got .* of"):
         run_study(replace(at(done), preset="paper"), CELLS, progress=False)
     assert trained == {}
 
@@ -293,74 +293,75 @@ def test_cells_whose_parent_another_process_trains_come_last(tmp_path, monkeypat
                      config=replace(CELLS[0].config, **fields))  # fmt: skip
     here, order = at(tmp_path), []
     here.parents_dir.mkdir()
-    with contextlib.ExitStack() as other:
-        other.enter_context(study._claimed(here.parents_dir / f"{PARENT_NAME}.lock", wait=False))
+    other = study._claim(here.lock_path(CELLS[0], of_parent=True), wait=False)
 
-        def train_stages(config, data, progress):
-            order.append(config.run_dir.name)
-            if config.run_dir.name == second.name:
-                other.close()
+    def train_stages(config, data, progress):
+        order.append(config.run_dir.name)
+        if config.run_dir.name == second.name:
+            other.close()
+        if config.parent_dir is None:
+            (config.run_dir / FULL_PRECISION).mkdir(parents=True)
+            (config.run_dir / FULL_PRECISION / "result.json").touch()
 
-        for name, function in {
-            "train_stages": train_stages,
-            "_data": lambda config: None,
-            "parent_record": lambda *args: {},
-            "cell_record": lambda *args: {},
-        }.items():
-            monkeypatch.setattr(study, name, function)
-        assert run_study(here, [CELLS[0], second], progress=False) == []
+    record = {"row": {"accuracy": 1.0}}
+    for name, function in {
+        "train_stages": train_stages,
+        "_data": lambda config: None,
+        "parent_record": lambda *args: record,
+        "cell_record": lambda *args: record,
+    }.items():
+        monkeypatch.setattr(study, name, function)
+    assert run_study(here, [CELLS[0], second], progress=False) == []
     assert order == [second.parent_name, second.name, PARENT_NAME, CELLS[0].name]
 
 
 def test_missing_data_end_a_study_before_any_training(tmp_path, trained):
     study._load.cache_clear()
     cells = study_cells("laptop")
-    with pytest.raises(FileNotFoundError, match="`data_dir` must hold cifar10, got"):
+    with pytest.raises(UserError, match="`data_dir` must hold cifar10, got"):
         run_study(at(tmp_path / "out", data_dir=tmp_path), cells, progress=False)
     study._load.cache_clear()
     assert not (tmp_path / "out").exists()
     assert trained == {}
 
 
-@pytest.mark.quick
-def test_shards_are_a_partition():
-    for n in (1, 2, 3, 7):
-        parts = [[cell.name for cell in shard(CELLS, f"{i}/{n}")] for i in range(n)]
-        assert sorted(itertools.chain(*parts)) == sorted(NAMES)
-        assert [cell.name for cell in shard(CELLS, f"{n}/{n}")] == parts[0]
-    assert [cell.name for cell in shard(CELLS, "1/2")] == [NAMES[1], NAMES[3]]
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("text", ["3/2", "1", "1/0", "0/0", "-1/2", "a/2", "1/2/3"])
-def test_wrong_shards(text):
-    with pytest.raises(ValueError, match="`shard` must be i/n with i from 0 to n - 1 .*: correct"):
-        shard(CELLS, text)
-
-
-def test_estimates_come_from_measured_steps(done, tmp_path):
+def test_listed_times_come_from_finished_trainings(done, tmp_path, monkeypatch):
     times = {name: record(done, name)["row"] for name in (*NAMES, PARENT_NAME)}
     # The steps are those of the digits, whose name the tiny data goes by.
     some = tmp_path / "study"
     shutil.copytree(done, some)
     at(some).record_path(NAMES[1]).unlink()
-    text = estimates_table(at(some), CELLS)
+    text = list_cells(at(some), CELLS)
     lines = {line.partition(":")[0]: line for line in text.splitlines()}
     assert lines[NAMES[0]].endswith(": finished")
     assert lines[f"parents/{PARENT_NAME}"].endswith(": finished")
     each = times[NAMES[3]]["seconds"] / 4  # the other one of a quantized network
     assert f": {1437 // 16} steps of {each:.3f} s" in lines[NAMES[1]]
-    assert text.splitlines()[-1].startswith("4 cells of 1 parents; what is left takes ")
+    assert text.splitlines()[-1].startswith("4 cells of 1 parents; what is left, and its")
+    # Times of another machine are none of this one.
+    monkeypatch.setattr(listing, "provenance", lambda: {"devices": "1 x abacus"})
+    text = list_cells(at(some), CELLS)
+    assert f"{NAMES[1]}: {1437 // 16} steps" in text.splitlines()
+    assert text.splitlines()[-1] == "4 cells of 1 parents"
 
 
-def test_steps_are_measured_where_none_is_recorded(tmp_path, tiny):  # noqa: F811
-    text = estimates_table(at(tmp_path), CELLS[:1])
-    assert ": 178 steps of 0." in text.splitlines()[0]  # two epochs of the parent
-    assert "finished" not in text
+@pytest.mark.quick
+def test_steps_alone_are_listed_where_no_time_is_known(tmp_path):
+    lines = list_cells(at(tmp_path), CELLS[:1]).splitlines()
+    assert lines[0] == f"parents/{PARENT_NAME}: {2 * (1437 // 16)} steps"  # two epochs
+    assert lines[1:] == [f"{NAMES[0]}: {1437 // 16} steps", "1 cells of 1 parents"]
     assert not any(tmp_path.iterdir())
 
 
 def test_a_parent_that_no_cell_needs_is_not_to_be_trained(done, tmp_path):
     shutil.copytree(done / "records", tmp_path / "records")
-    text = estimates_table(at(tmp_path), CELLS)
+    text = list_cells(at(tmp_path), CELLS)
     assert all(line.endswith(": finished") for line in text.splitlines()[:-1])
+
+
+@pytest.mark.quick
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_data", lambda config: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="`out` must be a directory that can be written, got"):
+        run_study(at(tmp_path / "file" / "below"), CELLS, progress=False)

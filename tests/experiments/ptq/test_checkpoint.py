@@ -9,15 +9,15 @@ from tiny_runs import (
     standard_promotion,  # noqa: F401
     tiny,  # noqa: F401
     tiny_config,
-    tiny_data,
     tree_bytes,
 )
 from torch_networks import Weights, resnet
 
 from compand_jax.data.images import ImageData
-from compand_jax.experiments.runs import checkpoint as trained_checkpoints
+from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.ptq import checkpoint as trained_checkpoints
+from compand_jax.experiments.ptq.checkpoint import digest, load_checkpoint
 from compand_jax.experiments.runs import run as experiments
-from compand_jax.experiments.runs.checkpoint import digest, load_checkpoint
 from compand_jax.experiments.runs.config import FULL_PRECISION
 from compand_jax.experiments.runs.stages import finished
 
@@ -72,32 +72,31 @@ def test_state_dict(path, state_dict):
 )
 def test_another_network_or_wrong_numbers(path, fields, message, monkeypatch):
     monkeypatch.setattr(trained_checkpoints, "load_data", None)  # it is not come to
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(UserError, match=message):
         load(path, **fields)
 
 
 @pytest.mark.quick
 def test_missing_and_truncated(path):
-    with pytest.raises(FileNotFoundError, match="`checkpoint` must be an .npz .* not exist"):
+    with pytest.raises(UserError, match="`checkpoint` must be an .npz .* not exist"):
         load(path.with_name("other.npz"))
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="`checkpoint` must be that of a whole .npz file"):
+    with pytest.raises(UserError, match="`checkpoint` must be that of a whole .npz file"):
         load(path)
 
 
-def test_run_directory(tmp_path, tiny, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(trained_checkpoints, "load_data", experiments.load_data)
-    config = tiny_config(tmp_path / "run", methods=(), pad=1)
+def test_run_directory(tmp_path, tiny):  # noqa: F811
+    config = tiny_config(tmp_path / "run", methods=(), pad=1, mean=(0.25,), std=(0.5,))
     experiments.run(config, progress=False)
     found = load(tmp_path / "run")
-    variables = finished(config, tiny, FULL_PRECISION)[1].variables
+    variables = finished(config, experiments.load_run_data(config), FULL_PRECISION)[1].variables
     assert tree_bytes(found.variables) == tree_bytes(variables)
     assert (found.name, found.pad, found.flip) == (config.model, 1, False)
-    assert found.data.mean == tiny_data().mean
+    assert (found.data.mean, found.data.std) == ((0.25,), (0.5,))  # the run's own
     for name, value in {"model": "resnet20", "mean": (0.5,)}.items():
-        with pytest.raises(ValueError, match=f"`{name}` must be left out for a run directory"):
+        with pytest.raises(UserError, match=f"`{name}` must be left out for a run directory"):
             load(tmp_path / "run", **{name: value})
-    with pytest.raises(FileNotFoundError, match="`run_dir` must be a run's directory"):
+    with pytest.raises(UserError, match="`run_dir` must be a run's directory"):
         load(tmp_path)
 
 

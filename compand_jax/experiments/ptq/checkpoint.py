@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from compand_jax.data.images import ImageData, load_data
+from compand_jax.experiments.errors import UserError, user_errors
 from compand_jax.experiments.runs.config import FULL_PRECISION
 from compand_jax.experiments.runs.directory import read_config
+from compand_jax.experiments.runs.run import load_run_data
 from compand_jax.experiments.runs.stages import finished
 from compand_jax.models import create_model
 from compand_jax.models.torch_weights import (
@@ -70,12 +72,12 @@ def load_checkpoint(
       std: likewise.
 
     Raises:
-      FileNotFoundError: there is nothing at the path, or the data set is not prepared.
-      ValueError: it is damaged, or of another network; or a field is given for a run directory,
+      UserError: there is nothing at the path, it is damaged, or of another network; the data set is
+        not prepared; or a field is given for a run directory,
         which has its own.
     """
     if not path.exists():
-        raise FileNotFoundError(
+        raise UserError(
             f"`checkpoint` must be an .npz file or a run directory, got {path}, which does not "
             "exist: correct the path"
         )
@@ -84,18 +86,19 @@ def load_checkpoint(
         return _from_run(path, data_dir, given)
     model, dataset = model or "resnet20", dataset or "cifar10"
     if dataset not in _CLASSES:
-        raise ValueError(
+        raise UserError(
             f"`dataset` must be {' or '.join(_CLASSES)} for a state dict, got {dataset!r}: choose "
             "one that it was trained on"
         )
     try:
         arrays = load_npz_state_dict(path)
     except ValueError as error:
-        raise ValueError(str(error).replace("`path`", "`checkpoint`")) from error
-    module = create_model(model, _CLASSES[dataset])
-    variables = import_state_dict(arrays, module)
-    normalization = _normalization(model, mean, std)
-    data = dataclasses.replace(load_data(dataset, data_dir), **normalization)
+        raise UserError(str(error).replace("`path`", "`checkpoint`")) from error
+    with user_errors(OSError, ValueError, TypeError):  # TypeError: of a model that none is for
+        module = create_model(model, _CLASSES[dataset])
+        variables = import_state_dict(arrays, module)
+        normalization = _normalization(model, mean, std)
+        data = dataclasses.replace(load_data(dataset, data_dir), **normalization)
     return Checkpoint(model, module, variables, data, _PAD, _FLIP)
 
 
@@ -103,11 +106,11 @@ def _from_run(path: Path, data_dir: Path, given: Mapping[str, Any]) -> Checkpoin
     config = read_config(path)
     for name, value in given.items():
         if value is not None:
-            raise ValueError(
+            raise UserError(
                 f"`{name}` must be left out for a run directory, which has its own, got {value!r} "
                 f"with {path}: leave it out"
             )
-    data = load_data(config.dataset, data_dir)
+    data = load_run_data(config, data_dir)
     stage, state = finished(config, data, FULL_PRECISION)
     return Checkpoint(config.model, stage.model, state.variables, data, config.pad, config.flip)
 
@@ -121,7 +124,7 @@ def _normalization(
     for name, given in values.items():
         positive = name != "std" or min(given, default=0) > 0
         if len(given) != _CHANNELS or not np.all(np.isfinite(given)) or not positive:
-            raise ValueError(
+            raise UserError(
                 f"`{name}` must be {_CHANNELS} finite{' positive' if name == 'std' else ''} "
                 f"numbers, one for each channel, got {given}: give those of the training"
             )
