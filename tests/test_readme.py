@@ -17,7 +17,12 @@ import report
 from compand_jax.experiments.ptq.record import document, results_by_setting
 from compand_jax.experiments.ptq.run import PostTrainingConfig
 from compand_jax.experiments.ptq.tables import base_setting, tables
-from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig
+from compand_jax.experiments.runs.config import (
+    CONTROL,
+    FULL_PRECISION,
+    METHODS_BY_NAME,
+    RunConfig,
+)
 from compand_jax.experiments.runs.presets import preset
 from compand_jax.experiments.study.grid import STUDIES, study_cells
 from compand_jax.experiments.study.report import read_records
@@ -58,7 +63,7 @@ assert again == small
 """,
     "docs/frozen_format.md": """
 assert (frozen.apply(x) == logits).all()
-assert (jax.jit(qmodel.apply)(variables, x) == logits).all()
+assert jnp.abs(jax.jit(qmodel.apply)(variables, x) - logits).max() < 1e-6 * logits.max()
 """,
     "docs/quantizers.md": """
 assert (values == same).all() and grad_mu != 0

@@ -54,12 +54,10 @@ class FrozenModel:
         compiles again. So does a float's where the model needs its value (as a rate of dropout). A
         model that returns objects that are no pytrees is not compiled.
 
-        Codes are those of `quantize`, and a layer by itself gave the same bits wherever it was
-        tried. What a network computes between its layers is compiled with what stands around it,
-        which differs here, and XLA does not always round a function alike: with jax 0.12, gelu by
-        itself, of [1000] and of [200, 5], differs in the last bit of 4 % of the same numbers. This
-        moved no output by more than 1e-7 of the largest. An activation that lies so close to a
-        threshold can take the level beyond it.
+        The codes are those of `quantize`, and a layer by itself gives the same bits. In a network,
+        XLA rounds what lies between the layers by what it is compiled with, which differs here: by
+        no more than 4 times float32's precision of the largest output. An activation that is so
+        close to a threshold can take the level beyond it.
 
         Args:
           *args: As the Linen module's `apply`, without the variables.

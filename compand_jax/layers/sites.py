@@ -42,16 +42,17 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One quantized layer. Bits are None where it is in full precision.
+    """What is static about one quantized layer.
 
     Args:
-      weight_bits: Bits per weight.
-      act_bits: Bits per activation.
+      weight_bits: Bits per weight, 1 to 8. None is full precision.
+      act_bits: Bits per activation, 1 to 8. None is full precision.
       quantizer: "mu_law" or "uniform".
-      grid: The weights' grid, "midtread" or "midrise"; activations are midtread.
-      scale_axes: The weight's axes, from the end, that have a scale of their own each.
-      act_signed: Whether the activations have a sign.
-      act_site: Which activations, the layer's "input" or its "output".
+      grid: The weights' grid, "midtread" or "midrise". Activations are always midtread.
+      scale_axes: The weight's axes, counted from the end (-1 is the last), along which each index
+        has a scale of its own. Without any, the weight has one scale.
+      act_signed: Whether the activations can be negative.
+      act_site: Which activations are quantized, the layer's "input" or its "output".
 
     Raises:
       ValueError: a field is out of its range.
@@ -210,8 +211,17 @@ def check_sites(config: QuantConfig, sites: Mapping[str, Site]) -> None:
 def sites_to_json(sites: Mapping[str, Site]) -> str:
     """Returns a calibrated model's `sites` as JSON, to be stored with a checkpoint.
 
-    A checkpoint of `variables` holds every mu and scale; the signs that calibration found are in
-    the sites, without which the model takes every activation to be signed.
+    A checkpoint of `variables` holds every mu and scale. The signs that calibration found are in
+    the sites; without them the model takes every activation to be signed.
+
+    Args:
+      sites: `Site` objects by name, such as `qmodel.sites`.
+
+    Returns:
+      The text of a JSON object.
+
+    Raises:
+      TypeError: these are not sites by name.
 
     >>> sites = {"conv": Site(4, 8, scale_axes=(-1,)), "head": Site(8, None)}
     >>> sites_from_json(sites_to_json(sites)) == sites
@@ -224,6 +234,12 @@ def sites_to_json(sites: Mapping[str, Site]) -> str:
 
 def sites_from_json(text: str | bytes) -> dict[str, Site]:
     """Returns the sites that `sites_to_json` wrote, for `quantize_model(..., sites=...)`.
+
+    Args:
+      text: Of a JSON object, by name. It is not trusted: every field is checked.
+
+    Returns:
+      `Site` objects by name.
 
     Raises:
       ValueError: the text is no JSON, or a site has another field than a `Site`, lacks one, or

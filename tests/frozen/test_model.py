@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-# XLA rounds a function by the loop that it is in. That moved an output here by 1e-7 of the largest at
-# most; a code that is wrong moves it by more than 1e-3.
+# XLA rounds a function by the loop that it is in. That moved an output here by 1e-7 of the largest
+# at most; a code that is wrong moves it by more than 1e-3.
 ROUNDING = 4 * float(jnp.finfo(jnp.float32).eps)
 
 
