@@ -1,6 +1,6 @@
 """Mu-law companding quantization of Flax networks to 2 to 8 bits, with learned mu."""
 
-from compand_jax.calibration.arrays import fit as fit
+from compand_jax.calibration.fit import fit as fit
 from compand_jax.core.codebooks import codebook as codebook
 from compand_jax.core.companding import mu_law_compress as mu_law_compress
 from compand_jax.core.companding import mu_law_expand as mu_law_expand

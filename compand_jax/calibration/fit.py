@@ -9,103 +9,25 @@ in each tensor's inner product (`samples`). The scale c_t is, by calibration,
     mse, output   its best one, argmin_c E_t(mu, c): of the tensor's error, or the layer output's
     absmax        the largest magnitude
     percentile    the magnitude that so many percent of the values do not exceed
-
-The search for mu is a grid, then ever finer ones around the best; mu = 0 is on the grid, so that no
-tensor that has a mu of its own is left worse than uniform levels would leave it. At each mu the
-scales are searched anew (`scale_search`).
 """
 
+import math
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
-from compand_jax.calibration.histogram_search import Cumulated, best_scales_of_histograms, cumulate
-from compand_jax.calibration.samples import Sample
-from compand_jax.calibration.scale_search import (
-    best_scales,
-    percentile_scales,
-    power,
-    starting_scales,
-)
-from compand_jax.core.codebooks import Spec
+from compand_jax.calibration.samples import Sample, sample_from_weights
+from compand_jax.calibration.search import COARSE, FEW_PRODUCTS, FINE, MU_MAX, Fit, Group, Search
+from compand_jax.core.codebooks import check_spec
 
 CALIBRATIONS = ("mse", "absmax", "percentile", "output")
-MU_MAX = 255.0
-
-
-class _Effort(NamedTuple):
-    """How closely is looked at first.
-
-    Attributes:
-      thetas: of log(1 + mu).
-      grids: of scales, as exponents, 0 being the largest magnitude and 1 a quarter of the mean;
-        the search goes on from the best of each grid.
-      basins: how many of the best thetas it goes on from.
-      values: how many of a row, evenly spread, are looked at.
-      zooms: then, of log(scale), the distances of what is looked at around the best.
-    """
-
-    thetas: np.ndarray
-    grids: list[np.ndarray]
-    basins: int
-    values: int
-    zooms: tuple[float, ...]
-
-
-_THETA_MAX = np.log1p(MU_MAX)
-_COARSE = _Effort(
-    np.linspace(0, _THETA_MAX, 13),
-    np.split(np.arange(-1, 14) / 13, 3),
-    basins=1,
-    values=512,
-    zooms=(0.07, 0.02),
-)
-# The fewer values, the less smooth is their error: where they are few, it is cheap to look closer.
-_FEW_PRODUCTS = 2**18
-_FINE = _Effort(
-    np.linspace(0, _THETA_MAX, 49),
-    np.split(np.arange(-3, 72) / 71, 15),
-    basins=8,
-    values=_FEW_PRODUCTS,
-    zooms=(0.07, 0.025, 0.01),
-)
-# A zoom looks at these points, in units of the last distance of thetas.
-_POINTS = np.array([0, -2, -1, 1, 2]) / 3
-_DESCENTS = 3
-# Relative to the power: what differs by less is as good, and the flatter curve is taken.
-_TIE = 1e-10
-
-
-class Group(NamedTuple):
-    """Tensors that share a mu.
-
-    Attributes:
-      samples: the tensors.
-      specs: their quantizers.
-      mu: the mu that is held, 0 for uniform levels; None for the best.
-    """
-
-    samples: Sequence[Sample]
-    specs: Sequence[Spec]
-    mu: float | None = None
-
-
-class Fit(NamedTuple):
-    """What was found for a group: its mu, and for each of its tensors scales and error.
-
-    Attributes:
-      mu: from 0 to 255 where it was fitted.
-      scales: [scales] of each tensor, 1 where all of its values are zero.
-      errors: E/P of each tensor.
-    """
-
-    mu: float
-    scales: list[np.ndarray]
-    errors: np.ndarray
+_OF_ARRAYS = tuple(name for name in CALIBRATIONS if name != "output")
 
 
 def fit_groups(
@@ -123,11 +45,11 @@ def fit_groups(
     # neither does what is found for it.
     kinds: dict[tuple[bool, bool], list[int]] = {}
     for i, group in enumerate(groups):
-        few = sum(sample.products for sample in group.samples) <= _FEW_PRODUCTS
+        few = sum(sample.products for sample in group.samples) <= FEW_PRODUCTS
         kinds.setdefault((group.mu is not None, few), []).append(i)
     fits: dict[int, Fit] = {}
     for (_, few), chosen in kinds.items():
-        search = _Search([groups[i] for i in chosen], _FINE if few else _COARSE, percent)
+        search = Search([groups[i] for i in chosen], FINE if few else COARSE, percent)
         fits |= zip(chosen, search.fits(), strict=True)
     return [_in_units(fits[i], group.samples) for i, group in enumerate(groups)]
 
@@ -140,192 +62,116 @@ def _in_units(fit: Fit, samples: Sequence[Sample]) -> Fit:
     )
 
 
-class _Batch(NamedTuple):
-    """Tensors of one shape and quantizer, one below the other.
-
-    Attributes:
-      sample: their rows.
-      spec: their quantizer.
-      tensors: which tensor each scale belongs to.
-      cumulated: the sums of histograms; None where they are none.
-    """
-
-    sample: Sample
-    spec: Spec
-    tensors: np.ndarray
-    cumulated: Cumulated | None
-
-
-class _Data(NamedTuple):
-    """Batches, and the power of each tensor, 1 where it is zero."""
-
-    batches: list[_Batch]
-    powers: np.ndarray
+def check_arguments(
+    calibration: str,
+    percentile: ArrayLike,
+    mu: ArrayLike | None,
+    choices: tuple[str, ...] = CALIBRATIONS,
+) -> tuple[float, float | None]:
+    """Returns percentile and mu as numbers; raises ValueError where an argument is out of range."""
+    if calibration not in choices:
+        raise ValueError(
+            f"`calibration` must be one of {', '.join(choices)}, got {calibration!r}: choose one"
+        )
+    percentile_number, mu_number = _number(percentile), _number(mu)
+    if not 0 < percentile_number <= 100:
+        raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
+    if mu is not None and not 0 <= mu_number <= MU_MAX:
+        raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
+    return percentile_number, None if mu is None else mu_number
 
 
-class _State(NamedTuple):
-    """Of each group mu and total error, and of each batch, scales and their errors."""
+def _number(value: Any) -> float:
+    """Returns a real number, of Python, NumPy or JAX, as a float; NaN if it is something else."""
+    is_array = isinstance(value, np.ndarray | Array) and not isinstance(value, Tracer)
+    if is_array and value.shape == ():
+        value = value.item()
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if is_real else math.nan
 
-    mus: np.ndarray
-    totals: np.ndarray
-    scales: list[np.ndarray]
-    errors: list[np.ndarray]
 
+def fit(
+    x: ArrayLike,
+    *,
+    bits: int,
+    signed: bool = True,
+    grid: str = "midtread",
+    axis: Any = None,
+    calibration: str = "mse",
+    percentile: ArrayLike = 99.9,
+    mu: ArrayLike | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    """Returns the mu and the scale that quantize an array best.
 
-class _Search:
-    """The search for mu and scales of some groups.
+    They minimize sum_i (x_i - Q(x_i; mu, c))^2, where Q is `fake_quantize`. mu is searched from 0
+    to 255, and at each mu the scale c is the one that `calibration` asks for. With `axis` there
+    are several scales, and still one mu for the whole array.
 
     Args:
-      groups: the groups; mu is held in all of them or in none.
-      effort: how closely is looked.
-      percent: the scale is this percentile of the magnitudes; None searches for it.
+      x: Values, floating, any shape, concrete.
+      bits: Bits per value, 1 to 8.
+      signed: Whether x has a sign; where not, x <= 0 counts as 0.
+      grid: "midtread" or "midrise".
+      axis: An axis or several, counted as in NumPy: each index along them has a scale of its own,
+        such as -1 for the output channels of a kernel. None is one scale.
+      calibration: "mse": the scale of the least squared error; "absmax": the largest magnitude;
+        "percentile": the magnitude that `percentile` percent do not exceed.
+      percentile: Percent of the magnitudes, in (0, 100], for the calibration of that name.
+      mu: A mu to keep, 0 to 255, where 0 is uniform; only the scale is searched then. None
+        searches both.
+
+    Returns:
+      mu, a float32 scalar, and scale, float32: a scalar, or with `axis` an array that broadcasts
+      to x, of size 1 along the other axes. The scale of values that are all zero is 1.
+
+    Raises:
+      TypeError: x is not floating, or traced, or `axis` is no integer or integers.
+      ValueError: x is empty or not finite, `bits`, `signed` and `grid` do not go together,
+        `axis` is not of x, or `calibration`, `percentile` or `mu` is out of range.
+
+    Not differentiable: the search runs on the host, outside of `jax.jit`.
+
+    >>> import compand_jax as cj
+    >>> x = jnp.array([-4.0, -1.0, 0.0, 1.0, 4.0])
+    >>> mu, scale = cj.fit(x, bits=3)
+    >>> print(cj.fake_quantize(x, mu, scale, bits=3).round(1))
+    [-4. -1.  0.  1.  4.]
     """
+    spec = check_spec(bits, signed, grid)
+    percentile, mu = check_arguments(calibration, percentile, mu, _OF_ARRAYS)
+    values = _values(x)
+    kept = _kept_axes(axis, values.ndim)
+    sample = sample_from_weights([values if signed else np.maximum(values, 0)], kept)
+    (found,) = fit_groups(
+        [Group([sample], [spec], mu)],
+        calibration=calibration,
+        percentile=percentile,
+    )
+    shape = [n if i - values.ndim in kept else 1 for i, n in enumerate(values.shape)]
+    scale = jnp.asarray(found.scales[0], jnp.float32).reshape(shape if kept else ())
+    return jnp.asarray(found.mu, jnp.float32), scale
 
-    def __init__(self, groups: Sequence[Group], effort: _Effort, percent: float | None) -> None:
-        self._groups, self._effort, self._percent = groups, effort, percent
-        self._owners = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
-        batches = _batches(groups)
-        self._tensors = [batch.tensors for batch in batches]
-        self._data = self._with_powers(batches)
 
-    def fits(self) -> list[Fit]:
-        """Returns the groups' best fits."""
-        if self._groups[0].mu is not None:
-            mus = np.array([group.mu for group in self._groups], np.float64)
-            best = self._at(mus, self._data)
-        else:
-            best = self._search_mu()
-        errors = self._per_tensor(best.errors) / self._data.powers
-        scales = {
-            tensor: scale[tensors == tensor]
-            for tensors, scale in zip(self._tensors, best.scales, strict=True)
-            for tensor in np.unique(tensors)
-        }
-        members = [np.flatnonzero(self._owners == group) for group in range(len(self._groups))]
-        return [
-            Fit(float(mu), [scales[tensor] for tensor in own], errors[own])
-            for mu, own in zip(best.mus, members, strict=True)
-        ]
-
-    def _search_mu(self) -> _State:
-        thetas = self._effort.thetas
-        data = self._with_powers([_thinned(b, self._effort.values) for b in self._data.batches])
-        mus = np.expm1(thetas)[:, None] * np.ones(len(self._groups))
-        coarse = [self._at(mu, data) for mu in mus]
-        order = _basins(np.stack([state.totals for state in coarse]))
-        best = self._at(mus[0], self._data)
-        for winners in order[: self._effort.basins]:
-            state = self._choose(coarse, winners)
-            state = state._replace(totals=np.full_like(state.totals, np.inf))  # of thinned data
-            step = thetas[1]
-            for distance in self._effort.zooms:
-                near = np.exp(distance * np.arange(-2, 3))[:, None]
-                centers = np.log1p(state.mus)
-                for point in _POINTS:
-                    mus = np.expm1(np.clip(centers + point * step, 0, _THETA_MAX))
-                    starts = [near * scales for scales in state.scales]
-                    state = self._better(state, self._at(mus, self._data, starts))
-                step /= 3
-            best = self._better(best, state)
-        return best
-
-    def _better(self, old: _State, new: _State) -> _State:
-        """Returns, for each group, the new state where it is better, else the old one."""
-        return self._choose([old, new], (new.totals < old.totals - _TIE).astype(int))
-
-    def _choose(self, states: Sequence[_State], winners: np.ndarray) -> _State:
-        """Returns, for each group, the state of its winner."""
-
-        def choose(arrays: Sequence[np.ndarray], winners: np.ndarray) -> np.ndarray:
-            return np.take_along_axis(np.stack(arrays), winners[None], 0)[0]
-
-        of_scales = [winners[self._owners[tensors]] for tensors in self._tensors]
-        mus, totals, scales, errors = zip(*states, strict=True)
-        return _State(
-            choose(mus, winners),
-            choose(totals, winners),
-            [choose(*pair) for pair in zip(zip(*scales, strict=True), of_scales, strict=True)],
-            [choose(*pair) for pair in zip(zip(*errors, strict=True), of_scales, strict=True)],
+def _values(x: ArrayLike) -> np.ndarray:
+    if isinstance(x, Tracer):
+        raise TypeError("`x` must be an array with values, got a tracer: call fit outside jax.jit")
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(
+            f"`x` must be floating, got {jnp.result_type(x)}: convert it with x.astype(float)"
         )
-
-    def _at(
-        self, mus: np.ndarray, data: _Data, starts: Sequence[np.ndarray] | None = None
-    ) -> _State:
-        """Returns the best scales at a mu for each group, from any or the given [k, scales]."""
-        found = [
-            self._best(batch, mus, None if starts is None else starts[i])
-            for i, batch in enumerate(data.batches)
-        ]
-        scales, errors = [scale for scale, _ in found], [error for _, error in found]
-        relative = self._per_tensor(errors) / data.powers
-        return _State(mus, np.bincount(self._owners, relative, len(mus)), scales, errors)
-
-    def _best(
-        self, batch: _Batch, mus: np.ndarray, starts: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a batch's best scales, from these [k, scales] or from any, and their errors."""
-        sample, spec = batch.sample, batch.spec
-        own = jnp.asarray(mus[self._owners[batch.tensors]], jnp.float32)
-        descents = 0 if self._percent is not None else _DESCENTS
-        if self._percent is not None:
-            grids = [percentile_scales(sample, jnp.float32(self._percent))[None]]
-        elif starts is not None:
-            grids = [jnp.asarray(starts, jnp.float32)]
-        else:
-            grids = [starting_scales(sample, own, jnp.asarray(grid, jnp.float32), spec)
-                     for grid in self._effort.grids]  # fmt: skip
-        if batch.cumulated is not None:
-            stacked = np.stack(jax.device_get(grids)).astype(np.float64)
-            return best_scales_of_histograms(
-                batch.cumulated, np.asarray(own, np.float64), stacked, spec, descents
-            )
-        found = [best_scales(sample, own, grid, spec, descents) for grid in grids]
-        scales, errors = (np.stack(arrays) for arrays in zip(*jax.device_get(found), strict=True))
-        winner = errors.argmin(0)[None]
-        return np.take_along_axis(scales, winner, 0)[0], np.take_along_axis(errors, winner, 0)[0]
-
-    def _with_powers(self, batches: list[_Batch]) -> _Data:
-        powers = self._per_tensor([power(batch.sample) for batch in batches])
-        return _Data(batches, np.where(powers > 0, powers, 1))
-
-    def _per_tensor(self, values: Sequence[Array | np.ndarray]) -> np.ndarray:
-        """Returns sums over each tensor's scales of what is given batch by batch."""
-        sums = np.zeros(len(self._owners))
-        for tensors, value in zip(self._tensors, values, strict=True):
-            np.add.at(sums, tensors, np.asarray(value, np.float64))
-        return sums
+    values = np.asarray(x, np.float32)
+    if values.size == 0:
+        raise ValueError(f"`x` must have values, got shape {values.shape}")
+    if not np.all(np.isfinite(values)):
+        raise ValueError("`x` must be finite in float32, got NaN or infinity: leave them out")
+    return values
 
 
-def _thinned(batch: _Batch, values: int) -> _Batch:
-    """Returns a batch with every k-th of the values, so that at least so many are left.
-
-    A sample that is a histogram already, or whose values go together, is left as it is.
-    """
-    sample = batch.sample
-    if not sample.counted or sample.histogram:
-        return batch
-    stride = max(sample.values.shape[1] // values, 1)
-    return batch._replace(sample=sample._replace(values=sample.values[:, ::stride]))
-
-
-def _basins(totals: np.ndarray) -> np.ndarray:
-    """Returns indices of [thetas, groups], the best first, those of local minima before all."""
-    padded = np.pad(totals, ((1, 1), (0, 0)), constant_values=np.inf)
-    minimal = (totals <= padded[:-2]) & (totals <= padded[2:])
-    return np.lexsort((totals, ~minimal), axis=0)
-
-
-def _batches(groups: Sequence[Group]) -> list[_Batch]:
-    pairs = [pair for group in groups for pair in zip(group.samples, group.specs, strict=True)]
-    alike: dict = {}
-    for tensor, (sample, spec) in enumerate(pairs):
-        key = (sample.values.shape[1], sample.weights.shape[1]) if sample.counted else tensor
-        alike.setdefault((key, spec), []).append(tensor)
-    batches = []
-    for (_, spec), tensors in alike.items():
-        samples = [pairs[tensor][0] for tensor in tensors]
-        joined = Sample(*map(jnp.concatenate, zip(*samples, strict=True)))
-        counts = [len(sample.absmax) for sample in samples]
-        cumulated = cumulate(joined) if joined.histogram else None
-        batches.append(_Batch(joined, spec, np.repeat(tensors, counts), cumulated))
-    return batches
+def _kept_axes(axis: Any, ndim: int) -> tuple[int, ...]:
+    """Returns the axes from the end, in ascending order."""
+    axes = () if axis is None else axis if isinstance(axis, tuple | list) else (axis,)
+    if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in axes):
+        raise TypeError(f"`axis` must be None, an integer or several, got {axis!r}")
+    if not all(-ndim <= i < ndim for i in axes):
+        raise ValueError(f"`axis` must be of the array's {ndim} axes, got {axis!r}")
+    return tuple(sorted({int(i) % ndim - ndim for i in axes}))

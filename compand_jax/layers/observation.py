@@ -12,6 +12,7 @@ from flax.core.tracers import current_trace
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from compand_jax.calibration.samples import Histogram, merge_histograms
 from compand_jax.layers.unrolling import Unrolling
 
 
@@ -81,8 +82,8 @@ class Observer:
         self._compute("weight", layer.site, weight)
         if activation is not None and not self._at_output:
             self._compute("activation", layer.site, activation)
-        known = activation is not None and layer.site not in self.complex
-        if known and self._moments is not None:
+        known = layer.site not in self.complex
+        if activation is not None and self._moments is not None and known:
             self._record("moments", layer.site, self._moments(layer, activation, weight))
         return activation, weight
 
@@ -119,3 +120,63 @@ class Observer:
             self._marked.append(checkpoint_name(jax.tree.leaves(value)[0], name))
         elif name in self.run_names:
             jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
+
+
+@dataclasses.dataclass
+class Observations:
+    """What was seen of a model.
+
+    Attributes:
+      observers: what saw it, one for each trace.
+      weights: by site, as they are used: one, or those of a stack of layers.
+      activations: by site, their histogram.
+      moments: by site, the second moments of a layer's inputs, [groups, n, n], where asked for.
+    """
+
+    observers: list[Observer] = dataclasses.field(default_factory=list)
+    weights: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    activations: dict[str, Histogram] = dataclasses.field(default_factory=dict)
+    moments: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def unrolled(self, site: str) -> Unrolling | None:
+        """Returns how a site is a product with inputs whose moments are known, or None."""
+        if site not in self.moments or len(self.weights[site]) != 1:
+            return None  # the moments of a stack's layers cannot be told apart
+        if not np.all(np.isfinite(self.moments[site])) or not np.any(self.moments[site]):
+            return None  # then no change of the weight is better than another
+        return self.observers[0].layers[site].unrolling
+
+    def add(self, traced: dict[str, dict[str, list]], batch: int) -> None:
+        """Takes over a batch, by number: what the observed function returned and called back.
+
+        Raises:
+          ValueError: a weight or an activation is not finite.
+        """
+        for observer in self.observers:
+            for what, sites in observer.called_back.items():
+                for site, values in sites.items():
+                    traced[what].setdefault(site, []).extend(values)
+                    values.clear()
+        for site, values in traced["weight"].items():
+            if not self.weights.get(site):  # the same in every batch
+                self.weights[site] = [np.asarray(value) for value in values]
+                if not all(np.all(np.isfinite(weight)) for weight in self.weights[site]):
+                    raise ValueError(
+                        f"`variables` must be finite, the weight of site {site!r} is not"
+                    )
+        for site, values in traced["activation"].items():
+            for value in values:
+                value = Histogram(*(np.asarray(leaf, np.float64) for leaf in value))
+                if not np.isfinite([value.maximum, value.minimum]).all():
+                    raise ValueError(
+                        f"`batches` must give finite activations, got NaN or infinity at site "
+                        f"{site!r} in batch {batch}, counting from 0: leave it out"
+                    )
+                seen = self.activations.get(site)
+                self.activations[site] = value if seen is None else merge_histograms(seen, value)
+        for site, values in traced["moments"].items():
+            if not values:  # a branch that this batch did not take
+                continue
+            parts = [np.asarray(value) for value in values]
+            seen = self.moments.get(site)
+            self.moments[site] = sum(parts[1:], parts[0]) + (0 if seen is None else seen)

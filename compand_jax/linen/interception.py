@@ -48,8 +48,8 @@ class _Promotion:
 
     def __call__(self, *operands: Any, **kwargs: Any) -> Any:
         looked_up = len(operands) == 1  # Embed looks up integers, which are not among them
-        given = [None, *operands] if looked_up else list(operands[:2])
-        shown = [None if x is None else _inexact(x) for x in given]
+        given = (None, *operands) if looked_up else operands[:2]
+        shown = None if looked_up else _inexact(operands[0]), _inexact(operands[not looked_up])
         found = self._visitor.operands(self._layer, *shown)
         # What the visitor leaves alone is passed on as it was, whatever its type.
         used = [old if new is seen else new

@@ -13,21 +13,17 @@ from flax.core.scope import in_filter
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from compand_jax.calibration.fit import check_arguments
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.layer_quantizer import LayerQuantizer
+from compand_jax.layers.observation import Observations
+from compand_jax.layers.parameters import fit_parameters, observed_sites
 from compand_jax.layers.sites import Site, check_sites, require_sites, site_from_config
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
+from compand_jax.linen.calibration import feed_errors_back, observe
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
 from compand_jax.linen.interception import intercept_layers
-from compand_jax.linen.model_calibration import (
-    Observations,
-    check_arguments,
-    feed_errors_back,
-    fit_parameters,
-    observe,
-    observed_sites,
-)
 from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.reach import layers_run, require_reached
 from compand_jax.linen.summary import summarize
@@ -248,7 +244,7 @@ class QuantizedModel:
         So one run over the batches serves any number of configs.
 
         Args:
-          seen: What `compand_jax.linen.model_calibration.observe` returned for the full-precision
+          seen: What `compand_jax.linen.calibration.observe` returned for the full-precision
             model, at the config's `act_site`; with moments for calibration "output" and for error
             feedback.
           variables: The collections that the model was observed with.

@@ -8,7 +8,7 @@ import pytest
 from small_models import SetUp, Stack, Twice, drawn, elements, normal
 
 import compand_jax as cj
-from compand_jax.linen.model_calibration import observe
+from compand_jax.linen.calibration import observe
 
 X = normal(5, 4)
 BATCHES = (X, normal(5, 4, seed=1), 2 * normal(3, 4, seed=2))  # the last one is smaller

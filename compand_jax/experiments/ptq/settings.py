@@ -25,8 +25,9 @@ from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs import stages
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig, Rule
+from compand_jax.layers.observation import Observations
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
-from compand_jax.linen.model_calibration import Observations, observe
+from compand_jax.linen.calibration import observe
 from compand_jax.linen.model_size import model_bytes
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 from compand_jax.training.steps import Model
