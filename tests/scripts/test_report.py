@@ -14,6 +14,7 @@ from compand_jax.experiments.runs.report import results_table
 RESULTS = [
     {
         "stage": FULL_PRECISION,
+        "method": FULL_PRECISION,
         "weight_bits": None,
         "act_bits": None,
         "mu_scope": None,
