@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array
 
 from compand_jax.frozen.expansion import Weights, run_expanded
-from compand_jax.frozen.sample import NOT_PARAMS, Call, Signature
+from compand_jax.frozen.sample import Call, Signature
 from compand_jax.frozen.tree import Arrays, flatten, join_path
 
 
@@ -56,13 +56,15 @@ def check_model(
                     f"{wrong}with {name} of shape {own.get(name)}, not {initial.get(name)}"
                 )
 
-    def run(arrays: Arrays, inputs: list, key: Array) -> None:
-        args, kwargs = call.with_arrays(inputs)
-        options = {"rngs": key, "mutable": NOT_PARAMS, "method": call.method} | kwargs
-        run_expanded(model, Weights(weights.sites, arrays), act_site, args, options)
+    def run(call: Call) -> None:
+        def expanded(arrays: Arrays, inputs: list, key: Array) -> None:
+            args, options = call.options(inputs, key)
+            run_expanded(model, Weights(weights.sites, arrays), act_site, args, options)
+
+        jax.eval_shape(expanded, weights.arrays, call.arrays(), jax.random.key(0))
 
     try:
-        jax.eval_shape(run, weights.arrays, call.arrays(), jax.random.key(0))
+        call.as_it_runs(run)
     except Exception as error:  # whatever a model of other variables raises
         raise ValueError(f"{wrong}that does not run on its variables: {_line(error)}") from error
 

@@ -17,7 +17,7 @@ from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
 from compand_jax.frozen.origins import computed_weights, find_origins, needed_variables
 from compand_jax.frozen.packing import pack
-from compand_jax.frozen.sample import Call, Signature, abstract_call
+from compand_jax.frozen.sample import Call, Signature, abstract_call, result_arrays
 from compand_jax.frozen.tree import (
     KINDS,
     WEIGHT_TYPES,
@@ -80,10 +80,16 @@ def freeze(
             "quantize_model"
         )
     model, config = qmodel.model, qmodel.config
-    call = abstract_call(model, sample, kwargs)
     compand = compand_of(variables)
-    rest = {name: tree for name, tree in variables.items() if name != "compand"}
-    rest = dict(flatten(nn.meta.unbox(rest)))
+    tree = {name: tree for name, tree in variables.items() if name != "compand"}
+    tree = nn.meta.unbox(tree)
+    rest = dict(flatten(tree))
+
+    def run(call: Call) -> None:
+        function = lambda *given: result_arrays(call.run(model, *given))  # noqa: E731
+        jax.eval_shape(function, tree, call.arrays(), jax.random.key(0))
+
+    call = abstract_call(model, sample, kwargs).as_it_runs(run)
     operands = list(par.quantized_operands(compand))
     sources = _sources(model, rest, call, [name for name, what in operands if what == "weight"])
     norms = _norms(qmodel, rest, call, operands) if fold_norms else {}

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -20,18 +20,23 @@ INPUT_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "ui
                "bfloat16", "float16", "float32", "float64", "complex64", "complex128")  # fmt: skip
 """Types of a sample's arrays that a file can name."""
 
-NOT_PARAMS = DenyList("params")
-"""The collections that any call may change."""
-
 _MAX_DEPTH = 32
 
 
+NOT_PARAMS = DenyList("params")
+
+
 class Call(NamedTuple):
-    """Arguments of a model's method: arrays as `jax.ShapeDtypeStruct`, all else as it was."""
+    """Arguments of a model's method: arrays as `jax.ShapeDtypeStruct`, all else as it was.
+
+    It may change every collection but the parameters; no collection where Linen allows that alone
+    (`nn.map_variables(..., init=True)` asks for all or none): that is `mutable=False`.
+    """
 
     method: Any
     args: tuple
     kwargs: dict[str, Any]
+    mutable: Any = NOT_PARAMS
 
     def arrays(self) -> list[jax.ShapeDtypeStruct]:
         """Returns the arrays among the arguments."""
@@ -49,11 +54,28 @@ class Call(NamedTuple):
         )
 
     def run(self, model: nn.Module, variables: Any, arrays: list, key: jax.Array) -> Any:
-        """Returns the method's outputs, and all collections but the parameters."""
+        """Returns the method's outputs, and the collections that it may change."""
+        args, options = self.options(arrays, key)
+        found = model.apply(variables, *args, **options)
+        return found if self.mutable else (found, {})
+
+    def options(self, arrays: list, key: jax.Array) -> tuple[tuple, dict[str, Any]]:
+        """Returns positional arguments and all others for `apply`."""
         args, kwargs = self.with_arrays(arrays)
-        return model.apply(
-            variables, *args, rngs=key, mutable=NOT_PARAMS, method=self.method, **kwargs
-        )
+        return args, {"rngs": key, "mutable": self.mutable, "method": self.method} | kwargs
+
+    def as_it_runs(self, run: Callable[["Call"], Any]) -> "Call":
+        """Returns this call, or the one that changes nothing where it alone runs."""
+        try:
+            run(self)
+            return self
+        except Exception as error:
+            constant = self._replace(mutable=False)
+            try:
+                run(constant)
+            except Exception:
+                raise error from None
+            return constant
 
 
 class Signature(NamedTuple):

@@ -70,7 +70,6 @@ class Observer:
         # None where each is marked by its name instead.
         self.run_names: frozenset[str] | None = None
         self._inner_names = map("compand_jax value {}".format, itertools.count())
-        self._marked: list[Array] = []
 
     def operands(
         self, layer: Layer, activation: Array | None, weight: Array
@@ -116,8 +115,8 @@ class Observer:
             values.append(value)
             return
         name, values = next(self._inner_names), self.called_back[what].setdefault(site, [])
-        if self.run_names is None:  # jax drops of a trace what nobody holds
-            self._marked.append(checkpoint_name(jax.tree.leaves(value)[0], name))
+        if self.run_names is None:
+            checkpoint_name(jax.tree.leaves(value)[0], name)
         elif name in self.run_names:
             jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
 

@@ -30,11 +30,9 @@ def observe_layers(
     is no effect. The names that are left in the program are those of the traces that are run, on
     every version, and they alone call back.
     """
-    scouts = []
 
     def scout() -> None:
-        scouts.append(make_observer())
-        with intercept_layers(model, scouts[0]) as intercepted:
+        with intercept_layers(model, make_observer()) as intercepted:
             call(intercepted)
 
     with no_trace_from_before():
