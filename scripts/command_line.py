@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -29,7 +29,7 @@ def parse(
     """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_from_text)
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     with registry:
         return tyro.cli(kind, args=list(args), description=description, **options)
 

@@ -313,9 +313,9 @@ def _signature(fields: Any) -> Signature:
     well_formed = isinstance(fields, dict) and fields.keys() == {"call", "initial"}
     _require(well_formed, "a signature that is none")
     initial = fields["initial"]
-    shapes = isinstance(initial, dict) and all(is_shape(shape) for shape in initial.values())
-    _require(initial is None or shapes, "a signature without shapes")
-    if shapes:
+    if initial is not None:
+        shapes = isinstance(initial, dict) and all(map(is_shape, initial.values()))
+        _require(shapes, "a signature without shapes")
         initial = {name: tuple(shape) for name, shape in initial.items()}
     try:
         call = None if fields["call"] is None else call_from_json(fields["call"])

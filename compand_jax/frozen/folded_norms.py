@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
@@ -170,7 +169,7 @@ def _jaxprs(jaxpr: Any) -> Iterator[Any]:
 
 
 def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 @contextlib.contextmanager

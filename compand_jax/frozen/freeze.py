@@ -114,7 +114,7 @@ def freeze(
         if scale.ndim:
             arrays["scales"][name] = scale
         own = None if source.leaf is None else rest.pop(source.leaf)
-        computed = own is not None and source.computed
+        computed = own if source.computed else None
         weight = FrozenWeight(
             spec.bits,
             spec.grid,
@@ -122,8 +122,8 @@ def freeze(
             source.value.dtype.name,
             scale.shape,
             None if source.leaf is None else join_path(source.leaf),
-            own.shape if computed else None,
-            own.dtype.name if computed else None,
+            None if computed is None else computed.shape,
+            None if computed is None else computed.dtype.name,
         )
         sites[name] = dataclasses.replace(found, weight=weight)
     _fold(sites, arrays, rest, norms)
@@ -185,9 +185,13 @@ def _sources(
         _check_weight(name, value)
         if leaf is None:
             own = _own(variables, name)
-            left_out = own is not None and own not in needed and own not in leaves.values()
-            known = left_out and jnp.asarray(variables[own]).dtype.name in WEIGHT_TYPES
-            found[name] = _Source(value, own if known else None, True)
+            if own is not None and (
+                own in needed
+                or own in leaves.values()
+                or jnp.asarray(variables[own]).dtype.name not in WEIGHT_TYPES
+            ):
+                own = None
+            found[name] = _Source(value, own, True)
         else:
             found[name] = _Source(value, leaf, False)
     return found

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -38,8 +39,9 @@ class Fixed:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        same_hash = isinstance(other, Fixed) and self._hash == other._hash
-        return same_hash and self._key == other._key
+        if not isinstance(other, Fixed) or self._hash != other._hash:
+            return False
+        return self._key == other._key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,7 +81,7 @@ def _key(value: Any) -> Any:
 
 
 def _array_key(x: Any) -> tuple:
-    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return str(x.dtype), _array_key(jax.random.key_data(x))
     host = np.asarray(x)
     if host.dtype.hasobject:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def _flatten(frozen: FrozenModel) -> tuple[tuple, _Static]:
     return ((jax.tree_util.GetAttrKey("arrays"), frozen.arrays),), frozen._static
 
 
-def _unflatten(static: _Static, children: tuple) -> FrozenModel:
+def _unflatten(static: _Static, children: Iterable[Any]) -> FrozenModel:
     frozen = FrozenModel(*static.value, *children)
     vars(frozen)["_static"] = static
     return frozen

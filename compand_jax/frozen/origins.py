@@ -217,7 +217,7 @@ def _parts(eqn: Any, inputs: list, unknown: Any) -> Iterator[tuple[jex.Jaxpr, li
 
 
 def _is_program(value: Any) -> bool:
-    return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 def computed_weights(
@@ -237,6 +237,7 @@ def computed_weights(
             lambda model: call.run(model, nested(variables.items()), arrays, key),
         )
         called_back.update(observer.called_back["weight"])
+        assert isinstance(observer, _EveryWeight)
         return observer.every
 
     seen = jax.device_get(jax.jit(run)(variables, call.zeros(), jax.random.key(0)))

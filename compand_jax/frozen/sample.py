@@ -118,7 +118,7 @@ def abstract_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call
         if not is_array(x) and not _is_abstract(x):
             return x
         dtype = x.dtype
-        if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        if not jnp.issubdtype(dtype, jax.dtypes.extended):
             dtype = jax.dtypes.canonicalize_dtype(dtype)  # int64 is int32 to jax by default
         return jax.ShapeDtypeStruct(x.shape, dtype)
 
@@ -152,7 +152,7 @@ def _encode(x: Any) -> list:
         return ["array", list(x.shape), x.dtype.name]
     if x is None or type(x) in (bool, int, str) or (type(x) is float and math.isfinite(x)):
         return ["value", x]
-    if type(x) in (tuple, list):
+    if isinstance(x, tuple | list) and type(x) in (tuple, list):
         return [type(x).__name__, [_encode(item) for item in x]]
     if isinstance(x, Mapping) and all(isinstance(name, str) for name in x):
         return ["dict", {name: _encode(item) for name, item in x.items()}]

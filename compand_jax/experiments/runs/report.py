@@ -77,7 +77,7 @@ def _row(result: dict) -> tuple[str, ...]:
     bits = (result["weight_bits"], result["act_bits"])
     is_reference = result["stage"] == result.get("reference")
     return (
-        _LABELS.get(result["method"], result["method"]),
+        str(_LABELS.get(result["method"], result["method"])),
         "/".join("32" if count is None else str(count) for count in bits),
         (result["mu_scope"] or "-").replace("_", " "),
         f"{result['test_accuracy']:.2f} %",

@@ -92,8 +92,10 @@ def make_stage(config: RunConfig, data: ImageData, name: str) -> Stage:
     """
     method = None if name == FULL_PRECISION else METHODS_BY_NAME[name]
     epochs = config.epochs if method is None else config.finetune_epochs
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(FitConfig)}
-    fit = FitConfig(**(shared | {"epochs": epochs}))
+    fields: dict[str, Any] = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(FitConfig)
+    }
+    fit = FitConfig(**{**fields, "epochs": epochs})
     with user_errors(ValueError):  # a batch that is too large
         per_epoch = fit.steps_per_epoch(len(data.train_labels))
     model = create_model(config.model, data.num_classes, config.block_order, config.dtype)
