@@ -164,7 +164,8 @@ def call_from_json(fields: Any) -> Call:
     if not isinstance(fields, dict) or fields.keys() != {"method", "args", "kwargs"}:
         raise ValueError("not the fields method, args, kwargs")
     method, args, kwargs = (_decode(fields[name]) for name in ("method", "args", "kwargs"))
-    if not isinstance(method, str) or type(args) is not tuple or type(kwargs) is not dict:
+    public = isinstance(method, str) and (method == "__call__" or not method.startswith("_"))
+    if not public or type(args) is not tuple or type(kwargs) is not dict:
         raise ValueError("arguments of no method")
     return Call(method, args, kwargs)
 

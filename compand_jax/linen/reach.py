@@ -31,16 +31,18 @@ def layers_run(
     """
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
     signature = tuple(
-        jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
-        if isinstance(x, (jax.Array, np.ndarray, np.generic))
-        else x
-        for x in leaves
+        _abstract(x) if isinstance(x, (jax.Array, np.ndarray, np.generic)) else x for x in leaves
     )
     mutable = tuple(mutable) if isinstance(mutable, list) else mutable
     try:
         return _layers_run(model, structure, signature, mutable)
     except TypeError:  # a leaf, or a field of the model, that cannot be hashed
         return _layers_run.__wrapped__(model, structure, signature, mutable)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    aval = jax.typeof(x)  # of the type that jax gives it: int64 is int32 by default
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 @functools.lru_cache(maxsize=1024)

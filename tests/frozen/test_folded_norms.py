@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import Block, NormedNet, drawn, normal
+from small_models import Block, NormedNet, drawn, normal, quantize_by_hand
 
 import compand_jax as cj
 
@@ -50,6 +50,8 @@ FOLDABLE = {
     "conv": (lambda: nn.Conv(6, (3, 3), use_bias=False), X),
     "conv_depthwise": (lambda: nn.Conv(8, (3, 3), feature_group_count=4), X),
     "conv_transpose": (lambda: nn.ConvTranspose(6, (3, 3), (2, 2)), X),
+    "transpose_kernel": (lambda: nn.ConvTranspose(6, (3, 3), (2, 2), transpose_kernel=True), X),
+    "transpose_kernel_square": (lambda: nn.ConvTranspose(4, (2, 2), transpose_kernel=True), X),
     "conv_local": (lambda: nn.ConvLocal(6, (3, 3)), X),
     "dense_general": (lambda: nn.DenseGeneral(6, axis=(-2, -1)), (5, 4, 2)),
     "weight_norm": (lambda: nn.WeightNorm(nn.Dense(6)), (5, 4)),
@@ -59,7 +61,8 @@ FOLDABLE = {
 @pytest.mark.parametrize("name", FOLDABLE)
 def test_the_same_to_rounding_without_the_norms_variables(name, tmp_path):
     make, shape = FOLDABLE[name]
-    granularity = "channel" if name in ("conv", "dense_general") else "tensor"
+    per_channel = ("conv", "dense_general", "transpose_kernel", "transpose_kernel_square")
+    granularity = "channel" if name in per_channel else "tensor"
     model, x = Normed(make()), normal(*shape)
     plain, folded, _ = frozen_twice(model, x, weight_granularity=granularity)
     assert list(folded.shifts()) == ["norm"]
@@ -81,6 +84,25 @@ def test_norms_without_scale_or_bias(leaves, tmp_path):
     np.testing.assert_allclose(folded.apply(x), plain.apply(x), rtol=1e-5, atol=1e-5)
     folded.save(tmp_path / "folded.safetensors")
     cj.load_frozen(tmp_path / "folded.safetensors", model)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("axis", [-1, 1, (-1,), (1,), [-1]])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_folded_norm_by_hand(axis, granularity):
+    model, x = Normed(nn.Dense(6), (("axis", axis),)), normal(5, 4)
+    _, folded, variables = frozen_twice(model, x, weight_granularity=granularity)
+    assert list(folded.shifts()) == ["norm"]
+    params, stats = variables["params"], variables["batch_stats"]["norm"]
+    leaves = variables["compand"]["layer"]
+    weight = quantize_by_hand(params["layer"]["kernel"], leaves, "weight", bits=4)
+    x64, weight, params, stats = jax.tree.map(
+        lambda leaf: np.asarray(leaf, np.float64), (x, weight, params, stats)
+    )
+    factor = params["norm"]["scale"] / np.sqrt(stats["var"] + 1e-5)
+    expected = (x64 @ weight + params["layer"]["bias"] - stats["mean"]) * factor
+    expected += params["norm"]["bias"]
+    np.testing.assert_allclose(folded.apply(x), expected, atol=2e-5)
 
 
 class Scanned(nn.Module):
