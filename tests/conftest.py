@@ -18,6 +18,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
+# Of what the tests start as processes of their own; pytest's filters are for its own process.
+os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning"
+
 import jax
 import jaxtyping
 
