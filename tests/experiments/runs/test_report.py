@@ -96,7 +96,7 @@ def test_table():
 @pytest.mark.quick
 def test_differences_are_to_the_control_in_points():
     found = with_differences(RESULTS)
-    assert {one["reference"] for one in found} == {CONTROL}
+    assert {one["reference"] for one in found} == {CONTROL.name}
     expected = [-100 * 3 / 360, 0, -2.5, 0, 100 * 3 / 360]
     assert [one["difference"] for one in found] == pytest.approx(expected)
     assert "difference" not in RESULTS[0]
@@ -104,7 +104,7 @@ def test_differences_are_to_the_control_in_points():
 
 @pytest.mark.quick
 def test_differences_without_a_control_are_to_full_precision():
-    without = [one for one in RESULTS if one["stage"] != CONTROL]
+    without = [one for one in RESULTS if one["stage"] != CONTROL.name]
     found = with_differences(without)
     assert {one["reference"] for one in found} == {FULL_PRECISION}
     assert found[-1]["difference"] == pytest.approx(100 * 6 / 360)
@@ -155,7 +155,7 @@ def check_record(run_dir, record):
 def test_curves_of_mu():
     steps = [1, 2, 3]
     assert mu_curves(list(rows("uniform", 3))) == {}
-    assert mu_curves(list(rows(CONTROL, 3))) == {}
+    assert mu_curves(list(rows(CONTROL.name, 3))) == {}
     assert mu_curves(list(rows("mu_law-single", 3))) == {"all": (steps, [0.1, 0.2, 0.3])}
     curves = mu_curves(list(rows("mu_law-per_layer", 3)))
     assert list(curves) == ["conv1 weight", "conv1 act", "dense weight", "dense act"]
@@ -170,7 +170,9 @@ def test_curves_of_mu():
     }
 
 
-@pytest.mark.parametrize("stages", [(FULL_PRECISION,), ("uniform",), (CONTROL, "mu_law-single")])
+@pytest.mark.parametrize(
+    "stages", [(FULL_PRECISION,), ("uniform",), (CONTROL.name, "mu_law-single")]
+)
 def test_plot_of_any_stages(tmp_path, stages):
     path = tmp_path / "plot.png"
     plot_run({stage: list(rows(stage, 5)) for stage in stages}, path)
