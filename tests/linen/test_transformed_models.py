@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compand_jax.linen.model_calibration import observe
+from compand_jax.linen.calibration import observe
 from small_models import KEY, Block, Stack, assert_trained, normal
 
 import compand_jax as cj
