@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compand_jax.linen.calibration import observe
 from small_models import KEY, Block, Stack, assert_trained, normal
 
 import compand_jax as cj
+from compand_jax.linen.calibration import observe
 
 OWN = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
 SAME = {"variable_broadcast": "params", "split_rngs": {"params": False}}

@@ -134,7 +134,7 @@ def to_onnx(function: Callable[[jax.Array], jax.Array], shape: Sequence[int], dt
       dtype: Of its argument.
 
     Raises:
-      UserError: jax2onnx is not installed, or cannot convert the function.
+      UserError: jax2onnx is not installed, does not know this jax, or cannot convert the function.
     """
     argument = _argument(shape, dtype)
     # Traced here: jax2onnx replaces Linen's layers while it traces, and with them what is
@@ -155,6 +155,11 @@ def to_onnx(function: Callable[[jax.Array], jax.Array], shape: Sequence[int], dt
         raise UserError(
             "`format` onnx needs jax2onnx: pip install 'compand-jax[onnx]', then "
             "pip install --no-deps jax2onnx"
+        ) from error
+    except AttributeError as error:  # it uses what is private to jax
+        raise UserError(
+            f"`format` onnx needs a jax that jax2onnx knows, got {jax.__version__} ({error}): use "
+            "stablehlo, or an older jax"
         ) from error
     except NotImplementedError as error:
         raise UserError(f"`format` onnx cannot hold this model ({error}): use stablehlo") from error

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+import types
 
 import flax.linen as nn
 import jax
@@ -118,6 +119,16 @@ def test_onnx(config, tmp_path):
     path.write_bytes(written[: len(written) // 2])
     with pytest.raises(UserError, match="`path` must be an ONNX file"):
         load_predictor(path)
+
+
+@pytest.mark.quick
+def test_a_jax_that_jax2onnx_does_not_know(monkeypatch):
+    def fail(function, arguments):
+        raise AttributeError("no attribute 'ClosedJaxpr'")
+
+    monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=fail))
+    with pytest.raises(UserError, match=r"jax2onnx knows, got .* \(no attribute 'ClosedJaxpr'\)"):
+        to_onnx(lambda x: x, (3,), jnp.float32)
 
 
 @pytest.mark.onnx
