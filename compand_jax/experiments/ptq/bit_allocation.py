@@ -30,16 +30,13 @@ from jaxtyping import Array
 
 from compand_jax.data.packages import needed_for
 from compand_jax.experiments.errors import UserError
-from compand_jax.experiments.ptq.settings import (
-    Setting,
+from compand_jax.experiments.ptq.network import (
     TrainedNetwork,
     count_correct,
     log_probabilities,
-    quantize_network,
-    quantized_params,
     reestimated,
-    sqnr,
 )
+from compand_jax.experiments.ptq.settings import Setting, quantize_network, quantized_params, sqnr
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import Rule
 

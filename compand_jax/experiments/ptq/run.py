@@ -28,20 +28,20 @@ from compand_jax.experiments.ptq.bit_allocation import (
     mixed_bits,
 )
 from compand_jax.experiments.ptq.checkpoint import Checkpoint, digest, load_checkpoint
+from compand_jax.experiments.ptq.network import (
+    TrainedNetwork,
+    evaluate_full_precision,
+    observe_network,
+    require_finite,
+    weight_counts,
+)
 from compand_jax.experiments.ptq.record import (
     open_record,
     read_record,
     results_by_setting,
     write_record,
 )
-from compand_jax.experiments.ptq.settings import (
-    TrainedNetwork,
-    evaluate_full_precision,
-    evaluate_setting,
-    observe_network,
-    require_finite,
-    weight_counts,
-)
+from compand_jax.experiments.ptq.settings import evaluate_setting
 from compand_jax.experiments.ptq.tables import base_setting, tables
 from compand_jax.experiments.records import provenance, write_json
 from compand_jax.models import MODELS

@@ -22,7 +22,7 @@ from compand_jax.experiments.ptq.bit_allocation import (
     mixed_bits,
     quantized_site,
 )
-from compand_jax.experiments.ptq.settings import count_correct, observe_network
+from compand_jax.experiments.ptq.network import count_correct, observe_network
 
 
 def brute_force(losses, counts, budget):

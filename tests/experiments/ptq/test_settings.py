@@ -17,15 +17,17 @@ from tiny_runs import (  # noqa: F401
 from compand_jax import Rule, quantize_model
 from compand_jax.data.calibration_images import choose_calibration_images
 from compand_jax.experiments.errors import UserError
-from compand_jax.experiments.ptq.settings import (
-    Setting,
+from compand_jax.experiments.ptq.network import (
     evaluate_full_precision,
-    evaluate_setting,
     observe_network,
-    quantize_network,
-    quantized_params,
     reestimated,
     require_finite,
+)
+from compand_jax.experiments.ptq.settings import (
+    Setting,
+    evaluate_setting,
+    quantize_network,
+    quantized_params,
     with_levels,
 )
 from compand_jax.training.steps import evaluate
