@@ -75,9 +75,11 @@ def check_arguments(
         )
     percentile_number, mu_number = _number(percentile), _number(mu)
     if not 0 < percentile_number <= 100:
-        raise ValueError(f"`percentile` must be in (0, 100], got {percentile!r}")
+        raise ValueError(
+            f"`percentile` must be in (0, 100], got {percentile!r}: 100 is the largest"
+        )
     if mu is not None and not 0 <= mu_number <= MU_MAX:
-        raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}")
+        raise ValueError(f"`mu` must be None or from 0 to 255, got {mu!r}: leave it out to fit it")
     return percentile_number, None if mu is None else mu_number
 
 
@@ -161,7 +163,7 @@ def _values(x: ArrayLike) -> np.ndarray:
         )
     values = np.asarray(x, np.float32)
     if values.size == 0:
-        raise ValueError(f"`x` must have values, got shape {values.shape}")
+        raise ValueError(f"`x` must have values, got shape {values.shape}: give some")
     if not np.all(np.isfinite(values)):
         raise ValueError("`x` must be finite in float32, got NaN or infinity: leave them out")
     return values
@@ -171,7 +173,13 @@ def _kept_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """Returns the axes from the end, in ascending order."""
     axes = () if axis is None else axis if isinstance(axis, tuple | list) else (axis,)
     if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in axes):
-        raise TypeError(f"`axis` must be None, an integer or several, got {axis!r}")
+        raise TypeError(
+            f"`axis` must be None, an integer or several, got {axis!r}: give those that keep a "
+            "scale of their own"
+        )
     if not all(-ndim <= i < ndim for i in axes):
-        raise ValueError(f"`axis` must be of the array's {ndim} axes, got {axis!r}")
+        raise ValueError(
+            f"`axis` must be of the array's {ndim} axes, got {axis!r}: count from 0, or from -1 "
+            "at the end"
+        )
     return tuple(sorted({int(i) % ndim - ndim for i in axes}))

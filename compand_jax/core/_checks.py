@@ -27,11 +27,16 @@ def check_values(name: str, value: Any, dtype: Any, lowest: float, required: str
             with np.errstate(over="ignore"):
                 host = np.asarray(value).astype(dtype)  # 1e-50 and 1e39 are 0 and inf there
         except (TypeError, ValueError):
-            raise TypeError(f"`{name}` must be numeric, got {value!r}") from None
+            raise TypeError(
+                f"`{name}` must be numeric, got {value!r}: give a number or an array"
+            ) from None
         bad = ~((host >= lowest) & np.isfinite(host))
         if np.any(bad):
             first = np.asarray(value)[bad][0]
-            raise ValueError(f"`{name}` must be {required} in {np.dtype(dtype).name}, got {first}")
+            raise ValueError(
+                f"`{name}` must be {required} in {np.dtype(dtype).name}, got {first}: cj.fit gives "
+                "one that fits"
+            )
     return jnp.asarray(value, dtype)
 
 
@@ -50,7 +55,8 @@ def check_parameters(
         if like is not None and value.ndim and not _broadcasts_to(value.shape, like[1]):
             raise ValueError(
                 f"`{name}` must be a scalar or broadcast to `{like[0]}` at the same rank, "
-                f"got shape {value.shape} for {like[1]}"
+                f"got shape {value.shape} for {like[1]}: give axes that it does not vary along "
+                "the size 1"
             )
     return mu, scale
 
@@ -75,5 +81,6 @@ def check_codes(codes: Array, low: int, top: int, bits: int) -> None:
     host = np.asarray(codes)
     if host.min() < low or host.max() > top:
         raise ValueError(
-            f"`codes` must be in [{low}, {top}] at {bits} bits, got {host.min()} to {host.max()}"
+            f"`codes` must be in [{low}, {top}] at {bits} bits, got {host.min()} to {host.max()}: "
+            "give the bits, signed and grid that they were made with"
         )

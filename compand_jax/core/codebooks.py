@@ -59,11 +59,11 @@ class Spec(NamedTuple):
 def check_spec(bits: Any, signed: bool = True, grid: str = "midtread") -> Spec:
     """Returns the `Spec`; raises ValueError where `bits`, `signed` and `grid` are none."""
     if isinstance(bits, bool) or not isinstance(bits, numbers.Integral) or not 1 <= int(bits) <= 8:
-        raise ValueError(f"`bits` must be an integer from 1 to 8, got {bits!r}")
+        raise ValueError(f"`bits` must be an integer from 1 to 8, got {bits!r}: choose one")
     if not isinstance(signed, bool | np.bool_):
-        raise ValueError(f"`signed` must be True or False, got {signed!r}")
+        raise ValueError(f"`signed` must be True or False, got {signed!r}: choose one")
     if grid not in GRIDS:
-        raise ValueError(f"`grid` must be one of {', '.join(GRIDS)}, got {grid!r}")
+        raise ValueError(f"`grid` must be one of {', '.join(GRIDS)}, got {grid!r}: choose one")
     if grid == "midrise" and not signed:
         raise ValueError("`grid` midrise is signed, got signed=False: use grid='midtread'")
     if grid == "midtread" and signed and bits == 1:

@@ -100,11 +100,14 @@ def dequantize(
     """
     spec = check_spec(bits, signed, grid)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`dtype` must be floating, got {dtype}")
+        raise TypeError(f"`dtype` must be floating, got {dtype}: take jnp.float32")
     codes = jnp.asarray(codes)
     if codes.dtype != spec.code_dtype:
         wanted = jnp.dtype(spec.code_dtype).name
-        raise TypeError(f"`codes` must be {wanted} for signed={signed}, got {codes.dtype}")
+        raise TypeError(
+            f"`codes` must be {wanted} for signed={signed}, got {codes.dtype}: give the codes of "
+            "quantize with the same signed"
+        )
     check_codes(codes, *spec.code_range, spec.bits)
     mu, scale = check_parameters(
         mu, scale, dtype=compute_dtype(jnp.dtype(dtype)), like=("codes", codes.shape)
@@ -159,7 +162,9 @@ def fake_quantize(
     """
     spec = check_spec(bits, signed, grid)
     if gradient not in GRADIENTS:
-        raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}")
+        raise ValueError(
+            f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}: choose one"
+        )
     return _straight_through(*check_operands(x, mu, scale), spec, gradient == "chain")
 
 

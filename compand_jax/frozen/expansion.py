@@ -74,7 +74,10 @@ class Weights:
         """
         weight = self.sites.get(site, FrozenSite()).weight
         if weight is None:
-            raise ValueError(f"`site` must have a quantized weight, got {site!r} without one")
+            raise ValueError(
+                f"`site` must have a quantized weight, got {site!r} without one: its weight is "
+                "among the variables"
+            )
         packed = _after(after, self.arrays["codes"][site])
         codes = unpack(packed, weight.bits, weight.shape)
         return self.expand(site, codes, selections=selections)

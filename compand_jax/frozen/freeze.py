@@ -246,7 +246,10 @@ def _fold(
         )
         factor = scale / np.sqrt(var + norm.epsilon)
         if not np.all(np.isfinite(np.stack(np.broadcast_arrays(factor, bias, mean)))):
-            raise ValueError(f"`variables` must be finite, batch norm {norm.name!r} is not")
+            raise ValueError(
+                f"`variables` must be finite, batch norm {norm.name!r} is not: give those from "
+                "before training diverged"
+            )
         shape = [1] * len(weight.shape)
         shape[norm.axis] = factor.size
         own = np.asarray(arrays["scales"].get(name, 1), np.float64)
@@ -266,7 +269,10 @@ def _check_weight(name: str, weight: Array) -> None:
             f"{weight.dtype}: convert it"
         )
     if not jnp.all(jnp.isfinite(weight)):
-        raise ValueError(f"`variables` must be finite, the weight of site {name!r} is not")
+        raise ValueError(
+            f"`variables` must be finite, the weight of site {name!r} is not: give those from "
+            "before training diverged"
+        )
 
 
 def _packed_codes(weight: Array, mu: Array, scale: Array, spec: Spec) -> Array:

@@ -24,7 +24,7 @@ Inherit = Literal["inherit"]
 def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ValueError where `value` is none of `choices`."""
     if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}: choose one")
 
 
 def check_weights(bits: Any, grid: str) -> None:
@@ -37,7 +37,7 @@ def check_weights(bits: Any, grid: str) -> None:
 def check_acts(bits: Any, signed: bool | None) -> None:
     """Raises ValueError where activations cannot be quantized to these bits; None is unknown."""
     if signed is not None and not isinstance(signed, bool):
-        raise ValueError(f"`act_signed` must be True, False or None, got {signed!r}")
+        raise ValueError(f"`act_signed` must be True, False or None, got {signed!r}: choose one")
     # Where calibration decides, one bit may be unsigned, so only the range is known here.
     if bits is not None:
         _named("act_bits", "act_signed=False", check_spec, bits, bool(signed), "midtread")
@@ -157,11 +157,15 @@ class QuantConfig:
         check_weights(self.weight_bits, self.grid)
         check_acts(self.act_bits, self.act_signed)
         if not isinstance(self.mu_init, numbers.Real) or not 0 <= self.mu_init <= 255:
-            raise ValueError(f"`mu_init` must be from 0 to 255, got {self.mu_init!r}")
+            raise ValueError(
+                f"`mu_init` must be from 0 to 255, got {self.mu_init!r}: 0 has uniform levels"
+            )
         if not isinstance(self.rules, tuple | list) or not all(
             isinstance(rule, Rule) for rule in self.rules
         ):
-            raise ValueError(f"`rules` must be a tuple of Rule objects, got {self.rules!r}")
+            raise ValueError(
+                f"`rules` must be a tuple of Rule objects, got {self.rules!r}: give (Rule(...),)"
+            )
         object.__setattr__(self, "rules", tuple(self.rules))  # a list is as good, unhashed
         for rule in self.rules:
             self._with(rule)

@@ -161,7 +161,8 @@ class Observations:
                 self.weights[site] = [np.asarray(value) for value in values]
                 if not all(np.all(np.isfinite(weight)) for weight in self.weights[site]):
                     raise ValueError(
-                        f"`variables` must be finite, the weight of site {site!r} is not"
+                        f"`variables` must be finite, the weight of site {site!r} is not: give "
+                        "those from before training diverged"
                     )
         for site, values in traced["activation"].items():
             for value in values:

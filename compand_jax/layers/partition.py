@@ -49,5 +49,6 @@ def _label(path: tuple) -> str:
             return label
     raise ValueError(
         "`params` of the optimizer must be {'params': ..., 'compand': ...} with leaves of compand "
-        f"named ...mu or ...scale, got {'/'.join(keys) or 'a leaf'}"
+        f"named ...mu or ...scale, got {'/'.join(keys) or 'a leaf'}: "
+        "give it the quantized model's two collections"
     )

@@ -132,7 +132,8 @@ def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> 
     if not layers:
         raise ValueError(
             "`model` must have a layer to quantize (Dense, DenseGeneral, Einsum, Conv, "
-            "ConvTranspose, ConvLocal or Embed), found none"
+            "ConvTranspose, ConvLocal or Embed), found none: layers that multiply by themselves "
+            "are not reached"
         )
     check_rules(config, layers)
     sites = {
@@ -165,7 +166,7 @@ def check_rules(config: QuantConfig, sites: Iterable[str]) -> None:
         if not any(re.fullmatch(rule.pattern, name) for name in names):
             raise ValueError(
                 f"`rules` must each match a site, {rule.pattern!r} matches none of "
-                f"{', '.join(map(repr, names))}"
+                f"{', '.join(map(repr, names))}: correct its pattern, a regular expression"
             )
 
 
@@ -251,7 +252,8 @@ def sites_from_json(text: str | bytes) -> dict[str, Site]:
         raise ValueError(f"`text` must be JSON that sites_to_json wrote: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(
-            f"`text` must be a JSON object of sites, got one of type {type(found).__name__}"
+            f"`text` must be a JSON object of sites, got one of type {type(found).__name__}: give "
+            "the text that sites_to_json wrote"
         )
     sites = {name: _site_from_fields(name, fields) for name, fields in found.items()}
     check_signs(sites)
@@ -269,7 +271,10 @@ def _site_from_fields(name: str, fields: Any) -> Site:
     expected = [field.name for field in dataclasses.fields(Site)]
     if not isinstance(fields, dict) or set(fields) != set(expected):
         got = ", ".join(fields) if isinstance(fields, dict) else repr(fields)
-        raise ValueError(f"site {name!r} must have the fields {', '.join(expected)}, got {got}")
+        raise ValueError(
+            f"site {name!r} must have the fields {', '.join(expected)}, got {got}: give the text "
+            "that sites_to_json wrote"
+        )
     try:
         return Site(**_checked(fields))
     except ValueError as error:

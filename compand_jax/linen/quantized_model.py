@@ -50,7 +50,9 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
-        raise TypeError(f"`config` must be a QuantConfig, got {type(config).__name__}")
+        raise TypeError(
+            f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
+        )
     if sites is not None:
         require_sites(sites)
         sites = FrozenDict(sites)

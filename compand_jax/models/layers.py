@@ -136,4 +136,4 @@ def check_choice(argument: str, value: object, choices: Sequence[object]) -> Non
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         listed = ", ".join(map(str, choices))
-        raise ValueError(f"`{argument}` must be one of {listed}; got {value!r}")
+        raise ValueError(f"`{argument}` must be one of {listed}, got {value!r}: choose one")

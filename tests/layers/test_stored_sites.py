@@ -87,7 +87,7 @@ def test_a_model_by_its_stored_sites_is_the_same(granularity, act_site):
         ("null", "`text` must be a JSON object of sites, got one of type NoneType"),
         ('{"a": 1, "a": 2}', "wrote: a name comes twice among a, a"),
         ('{"a": null}', "site 'a' must have the fields weight_bits, .*, act_site, got None"),
-        ('{"a": {}}', "site 'a' must have the fields weight_bits, .*, got $"),
+        ('{"a": {}}', "site 'a' must have the fields weight_bits, .*, got : give"),
     ],
 )
 def test_text_that_holds_no_sites(text, match):
@@ -98,10 +98,10 @@ def test_text_that_holds_no_sites(text, match):
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_field_that_is_missing_or_unknown(name):
     fields = {key: value for key, value in FIELDS.items() if key != name}
-    match = rf"site 'a' must have the fields weight_bits, .*, got {', '.join(fields)}$"
+    match = rf"site 'a' must have the fields weight_bits, .*, got {', '.join(fields)}: "
     with pytest.raises(ValueError, match=match):
         cj.sites_from_json(json.dumps({"a": fields}))
-    with pytest.raises(ValueError, match=r"got weight_bits, .*, act_site, bias_bits$"):
+    with pytest.raises(ValueError, match=r"got weight_bits, .*, act_site, bias_bits: "):
         cj.sites_from_json(json.dumps({"a": FIELDS | {"bias_bits": 8}}))
 
 

@@ -209,7 +209,9 @@ def from_json(stored: dict) -> RunConfig:
             fields[name] = tuple(fields[name])
     names = fields.get("methods", METHODS_BY_NAME)
     if unknown := [name for name in names if name not in METHODS_BY_NAME]:
-        raise UserError(f"`methods` must be of {', '.join(METHODS_BY_NAME)}, got {unknown}")
+        raise UserError(
+            f"`methods` must be of {', '.join(METHODS_BY_NAME)}, got {unknown}: choose of these"
+        )
     fields["methods"] = tuple(METHODS_BY_NAME[name] for name in names)
     quant = dict(fields.get("quant", {}))
     quant["rules"] = tuple(Rule(**rule) for rule in quant.get("rules", ()))
