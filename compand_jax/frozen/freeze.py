@@ -31,8 +31,8 @@ from compand_jax.frozen.tree import (
     split_path,
 )
 from compand_jax.layers import parametrization as par
+from compand_jax.layers.summary import WEIGHT_NAMES
 from compand_jax.linen.quantized_model import QuantizedModel, compand_of
-from compand_jax.linen.summary import WEIGHT_NAMES
 
 
 def freeze(

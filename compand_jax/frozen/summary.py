@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 
 from compand_jax.frozen.packing import unpack
 from compand_jax.frozen.tree import Arrays, FrozenSite
-from compand_jax.linen.summary import align
+from compand_jax.layers.summary import align
 
 _HEADER = ("site", "shape", "bits", "packed bytes", "table bytes", "entropy bits", "ideal bytes",
            "float32 bytes", "ratio")  # fmt: skip

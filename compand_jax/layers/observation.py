@@ -39,6 +39,7 @@ class Observer:
       weight: Called with a weight, likewise.
       moments: Called with a layer, its input and its weight, likewise; None is not recorded.
       at_output: Whether a site's activation is its output, instead of its input.
+      calls_back: Whether every inner trace runs, so that its values may call back at once.
 
     Values of the trace that the observer was made in are kept as they are, in `traced`, for the
     function that it is in to return. Inside scan, vmap and remat they belong to an inner trace:
@@ -53,7 +54,9 @@ class Observer:
         weight: Callable[[Array], Any] | None = None,
         moments: Callable[[Layer, Array, Array], Any] | None = None,
         at_output: bool = False,
+        calls_back: bool = False,
     ) -> None:
+        self._calls_back = calls_back
         self._functions = {"activation": activation, "weight": weight}
         self._moments = moments
         self._at_output = at_output
@@ -115,10 +118,10 @@ class Observer:
             values.append(value)
             return
         name, values = next(self._inner_names), self.called_back[what].setdefault(site, [])
-        if self.run_names is None:
-            checkpoint_name(jax.tree.leaves(value)[0], name)
-        elif name in self.run_names:
+        if self._calls_back or name in (self.run_names or ()):
             jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
+        elif self.run_names is None:
+            checkpoint_name(jax.tree.leaves(value)[0], name)
 
 
 @dataclasses.dataclass
@@ -126,12 +129,14 @@ class Observations:
     """What was seen of a model.
 
     Attributes:
+      owner: the name of the argument that its weights came from, for errors.
       observers: what saw it, one for each trace.
       weights: by site, as they are used: one, or those of a stack of layers.
       activations: by site, their histogram.
       moments: by site, the second moments of a layer's inputs, [groups, n, n], where asked for.
     """
 
+    owner: str = "variables"
     observers: list[Observer] = dataclasses.field(default_factory=list)
     weights: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
     activations: dict[str, Histogram] = dataclasses.field(default_factory=dict)
@@ -161,8 +166,8 @@ class Observations:
                 self.weights[site] = [np.asarray(value) for value in values]
                 if not all(np.all(np.isfinite(weight)) for weight in self.weights[site]):
                     raise ValueError(
-                        f"`variables` must be finite, the weight of site {site!r} is not: give "
-                        "those from before training diverged"
+                        f"`{self.owner}` must be finite, the weight of site {site!r} is not: give "
+                        "what there was before training diverged"
                     )
         for site, values in traced["activation"].items():
             for value in values:

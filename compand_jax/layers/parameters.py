@@ -1,11 +1,15 @@
 """Sites, and the mu and scale of each, from what was observed of a model."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
+from compand_jax.calibration.error_feedback import round_with_feedback
 from compand_jax.calibration.fit import Group, fit_groups
 from compand_jax.calibration.samples import (
     Sample,
@@ -90,3 +94,36 @@ def _sample(site: Site, seen: Observations, name: str, operand: str, calibration
         return sample_from_weights(seen.weights[name], site.scale_axes)
     rows = unrolling.rows(jnp.asarray(seen.weights[name][0]))
     return sample_from_moments(rows, seen.moments[name], per_row=bool(site.scale_axes))
+
+
+def fed_back(
+    kernel: Array, found: Mapping[str, Array], site: Site, seen: Observations, name: str
+) -> Array | None:
+    """Returns a kernel's levels, rounded by `round_with_feedback`, on its devices.
+
+    None where its layer is not a matrix product with known inputs.
+
+    Args:
+      kernel: as it is stored, and as it was seen.
+      found: its "weight_mu" and "weight_scale".
+      site: what is static.
+      seen: what was observed, with moments.
+      name: the site's name.
+    """
+    unrolling = seen.unrolled(name)
+    if unrolling is None:
+        return None
+    rows = unrolling.rows(jnp.asarray(kernel, jnp.float32))
+    scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
+    round_group = functools.partial(round_with_feedback, spec=site.spec("weight"))
+    rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
+        rows,
+        jnp.asarray(seen.moments[name]),
+        found["weight_mu"],
+        scales.reshape(rows.shape[:2]),
+    )
+    rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
+    # What is where it would be anyhow stays free to be moved.
+    if isinstance(kernel, jax.Array) and kernel.sharding != rounded.sharding:
+        return jax.device_put(rounded, kernel.sharding)
+    return rounded

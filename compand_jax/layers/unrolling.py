@@ -7,6 +7,7 @@ output is then sum_t (e . x_t)^2 = e^T H e, with the second moments H = sum_t x_
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +84,40 @@ class Unrolling:
             cut = map(slice, begin, begin + last + 1, strides)
             parts.append(x[:, *cut])
         return jnp.stack(parts, -2)
+
+
+def unrolled_convolution(module: Any) -> Unrolling:
+    """Returns how a convolution of Flax is unrolled; Linen and NNX name its fields alike."""
+    size = module.kernel_size
+    ndim = 1 if isinstance(size, int) else len(size)
+
+    def for_each_axis(value: Any) -> tuple[int, ...]:
+        value = 1 if value is None else value
+        return (value,) * ndim if isinstance(value, int) else tuple(value)
+
+    padding = module.padding
+    if isinstance(padding, str):
+        # The others have been carried out on what the layer multiplies.
+        padding = padding if padding == "SAME" else "VALID"
+    else:
+        pads = (padding,) * ndim if isinstance(padding, int) else padding
+        padding = tuple((p, p) if isinstance(p, int) else (p[0], p[1]) for p in pads)
+    return Unrolling(
+        strides=for_each_axis(module.strides),
+        padding=padding,
+        input_dilation=for_each_axis(module.input_dilation),
+        kernel_dilation=for_each_axis(module.kernel_dilation),
+        groups=module.feature_group_count,
+    )
+
+
+def einsum_channel_axes(equation: str) -> tuple[int, ...]:
+    """Returns the second operand's axes that are output features, from the end.
+
+    >>> einsum_channel_axes("...td, dhk -> ...thk")
+    (-2, -1)
+    """
+    operands, result = equation.replace(" ", "").split("->")
+    data, kernel = (operand.replace("...", "") for operand in operands.split(","))
+    axes = [i for i, axis in enumerate(kernel) if axis in result and axis not in data]
+    return tuple(i - len(kernel) for i in axes)

@@ -11,7 +11,7 @@ from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observer
 from compand_jax.layers.sites import sites_from_observers
-from compand_jax.linen.summary import site_weight
+from compand_jax.layers.summary import site_weight
 
 
 def initial_observer(config: QuantConfig) -> Observer:

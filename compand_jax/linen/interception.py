@@ -11,32 +11,15 @@ twice, scanned or vmapped is one site.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 from flax.core import Scope
-from jax.typing import ArrayLike
-from jaxtyping import Array
 
 from compand_jax.layers.observation import Layer
+from compand_jax.layers.visitor import Visitor, is_lookup, visited_operands
 from compand_jax.linen.layer_kinds import channel_axes, unrolling_of
 from compand_jax.linen.traces import trace_afresh
-
-
-@runtime_checkable
-class Visitor(Protocol):
-    """What `intercept_layers` calls at every layer, in the trace that the layer runs in."""
-
-    def operands(
-        self, layer: Layer, activation: Array | None, weight: Array
-    ) -> tuple[Array | None, Array]:
-        """Returns the operands to use; the activation is None where integers are looked up."""
-        ...
-
-    def output(self, layer: Layer, output: Array) -> Array:
-        """Returns the output to pass on; not called where integers are looked up."""
-        ...
 
 
 class _Promotion:
@@ -47,20 +30,8 @@ class _Promotion:
         self.saw_activation = False
 
     def __call__(self, *operands: Any, **kwargs: Any) -> Any:
-        looked_up = len(operands) == 1  # Embed looks up integers, which are not among them
-        given = (None, *operands) if looked_up else operands[:2]
-        shown = None if looked_up else _inexact(operands[0]), _inexact(operands[not looked_up])
-        found = self._visitor.operands(self._layer, *shown)
-        # What the visitor leaves alone is passed on as it was, whatever its type.
-        used = [old if new is seen else new
-                for old, seen, new in zip(given, shown, found, strict=True)]  # fmt: skip
-        self.saw_activation = not looked_up
-        return self._promote(*used[looked_up:], *operands[2:], **kwargs)
-
-
-def _inexact(x: ArrayLike) -> Array:
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+        self.saw_activation = not is_lookup(operands)
+        return self._promote(*visited_operands(self._visitor, self._layer, operands), **kwargs)
 
 
 @contextlib.contextmanager

@@ -20,13 +20,13 @@ from compand_jax.layers.layer_quantizer import LayerQuantizer
 from compand_jax.layers.observation import Observations
 from compand_jax.layers.parameters import fit_parameters, observed_sites
 from compand_jax.layers.sites import Site, check_sites, require_sites, site_from_config
+from compand_jax.layers.summary import summarize
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import feed_errors_back, observe
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
 from compand_jax.linen.interception import intercept_layers
 from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.reach import layers_run, require_reached
-from compand_jax.linen.summary import summarize
 
 
 def quantize_model(

@@ -15,10 +15,10 @@ from compand_jax.data.calibration_images import BATCH_SIZE, CalibrationImages
 from compand_jax.data.images import ImageData
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs import stages
+from compand_jax.layers.model_size import model_bytes
 from compand_jax.layers.observation import Observations
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import observe
-from compand_jax.linen.model_size import model_bytes
 from compand_jax.training.steps import Model
 
 _MODEL_KWARGS = {"train": False}

@@ -23,7 +23,7 @@ from compand_jax.experiments.ptq.network import (
 )
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig, Rule
-from compand_jax.linen.model_size import model_bytes
+from compand_jax.layers.model_size import model_bytes
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 from compand_jax.training.steps import Model
 

@@ -24,7 +24,7 @@ from compand_jax.experiments.runs.config import (
 from compand_jax.experiments.runs.directory import open_run_dir
 from compand_jax.experiments.runs.report import write_reports
 from compand_jax.experiments.runs.stages import Stage, finished, make_stage, start_or_resume
-from compand_jax.linen.model_size import model_bytes
+from compand_jax.layers.model_size import model_bytes
 from compand_jax.training.distributed import is_main, wait_for_all
 from compand_jax.training.fit import check_devices, fit
 from compand_jax.training.metrics_log import read_log

@@ -22,8 +22,8 @@ from compand_jax.experiments.runs.directory import read_config
 from compand_jax.experiments.runs.stages import finished
 from compand_jax.experiments.study.grid import Cell
 from compand_jax.experiments.text import thin
+from compand_jax.layers.summary import site_weight
 from compand_jax.linen.quantized_model import QuantizedModel
-from compand_jax.linen.summary import site_weight
 from compand_jax.training.metrics_log import read_log
 
 ROW = (

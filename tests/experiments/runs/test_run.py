@@ -35,7 +35,7 @@ from compand_jax.experiments.runs.config import (
 from compand_jax.experiments.runs.directory import read_config, read_results
 from compand_jax.experiments.runs.run import evaluate_stage, run
 from compand_jax.experiments.runs.stages import finished
-from compand_jax.linen.model_size import model_bytes
+from compand_jax.layers.model_size import model_bytes
 from compand_jax.models import create_model
 from compand_jax.training import fit as training
 from compand_jax.training.metrics_log import read_log

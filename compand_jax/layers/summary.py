@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
+from flax.core import meta
 from jaxtyping import Array
 
 from compand_jax.core.codebooks import Spec
@@ -21,7 +21,7 @@ WEIGHT_NAMES = ("kernel", "embedding")
 
 def site_weight(params: Mapping[str, Any], name: str) -> Any:
     """Returns the weight under a site's module path in `params`; None where it has another name."""
-    module = _module(nn.meta.unbox(params), name) or {}
+    module = _module(meta.unbox(params), name) or {}
     return next((module[key] for key in WEIGHT_NAMES if key in module), None)
 
 
@@ -47,7 +47,7 @@ def summarize(
     quantized = {name for name, found in quantizers.items() if "weight_scale" in found}
     left = [
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(meta.unbox(params))
         if np.ndim(leaf) > 1 and not _is_quantized(params, quantized, [key.key for key in path])
     ]
     return f"{align([_HEADER, *rows])}\nweights not quantized: {', '.join(left) or 'none'}"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from compand_jax.layers.sites import Site
-from compand_jax.linen.summary import site_weight
+from compand_jax.layers.summary import site_weight
 
 
 def model_bytes(variables: Mapping[str, Any], sites: Mapping[str, Site] | None = None) -> int:
