@@ -1,5 +1,8 @@
 """Mu-law companding quantization of Flax networks to 2 to 8 bits, with learned mu."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from compand_jax.calibration.fit import fit as fit
 from compand_jax.core.codebooks import codebook as codebook
 from compand_jax.core.companding import mu_law_compress as mu_law_compress
@@ -25,4 +28,14 @@ from compand_jax.linen.quantized_model import quantize_model as quantize_model
 from compand_jax.models.torch_weights import import_state_dict as import_state_dict
 from compand_jax.models.torch_weights import load_npz_state_dict as load_npz_state_dict
 
+if TYPE_CHECKING:
+    from compand_jax import nnx as nnx
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # flax.nnx takes about as long to import as flax.linen, and is for those who use it.
+    if name == "nnx":
+        return importlib.import_module("compand_jax.nnx")
+    raise AttributeError(f"module 'compand_jax' has no attribute {name!r}")

@@ -1,0 +1,11 @@
+"""NNX models, quantized by their layers' own hook: `compand_jax.nnx`."""
+
+from compand_jax.nnx.calibration import calibrate as calibrate
+from compand_jax.nnx.partition import partition_optimizer as partition_optimizer
+from compand_jax.nnx.quantized_model import dequantize as dequantize
+from compand_jax.nnx.quantized_model import quantize as quantize
+from compand_jax.nnx.quantized_model import quantizers as quantizers
+from compand_jax.nnx.quantized_model import sites as sites
+from compand_jax.nnx.variables import Mu as Mu
+from compand_jax.nnx.variables import Quantizer as Quantizer
+from compand_jax.nnx.variables import Scale as Scale

@@ -1,0 +1,180 @@
+"""Calibrating a quantized NNX model, in place: mu and scale from batches of data."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from compand_jax.calibration.fit import check_arguments
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.batch_observation import MakeObserver, observe_batches
+from compand_jax.layers.batches import require_concrete
+from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.observation import Observations, Observer
+from compand_jax.layers.parameters import fed_back, fit_parameters, observed_sites
+from compand_jax.nnx.batch_statistics import estimate_batch_stats, whole_batches
+from compand_jax.nnx.layer_kinds import weight_of
+from compand_jax.nnx.promotion import Promotion
+from compand_jax.nnx.quantized_model import hooked_layers, stack_shape
+from compand_jax.nnx.variables import Quantizer
+
+
+def calibrate(
+    model: nnx.Module,
+    batches: Any,
+    *,
+    calibration: str = "mse",
+    percentile: ArrayLike = 99.9,
+    mu: ArrayLike | None = None,
+    error_feedback: bool = False,
+    batch_stats: bool = False,
+    method: str = "__call__",
+    **model_kwargs: Any,
+) -> None:
+    """Sets mu and scale of a quantized NNX model, found from data, and whether activations sign.
+
+    It does what `QuantizedModel.calibrate` does, and finds the same numbers: see there for the
+    arguments. A copy of the model in full precision runs over the batches once, in the mode (as
+    `model.eval()`) that the model is in. A stack that `nnx.vmap` made is calibrated as one site:
+    its layers start with the same mu and scale.
+
+    Args:
+      model: A model that `quantize` returned.
+      batches: Iterable or sequence of batches. A batch is the model's argument, or a tuple of its
+        arguments; examples lie along the leading axis of the first one.
+      calibration: "mse", "absmax", "percentile" or "output".
+      percentile: Percent of the magnitudes, in (0, 100], for the calibration of that name.
+      mu: A mu to give every tensor, 0 to 255; only the scales are found then. None finds mu too.
+      error_feedback: Whether to round weights one input at a time, and to let those that follow
+        make up for the error at the layer's output. The kernels of Linear, LinearGeneral and Conv
+        outside of stacks are then the rounded ones.
+      batch_stats: Whether to estimate the batch norms' statistics anew, under quantization.
+      method: The name of the model's method that a batch is given to.
+      **model_kwargs: Further arguments of it, such as `deterministic=True`.
+
+    Raises:
+      TypeError: `batches` are none, or this is called under `jax.jit`.
+      ValueError: `model` is not quantized; there are no batches, one is empty, or something is not
+        finite; activations of one bit have a sign; or an argument is out of its range.
+
+    >>> from compand_jax.nnx import quantize, quantizers
+    >>> qmodel = quantize(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), QuantConfig())
+    >>> calibrate(qmodel, [jnp.ones((2, 4))], calibration="absmax")
+    >>> round(float(quantizers(qmodel)[""]["act_scale"]), 3)
+    1.0
+    """
+    percentile, mu = check_arguments(calibration, percentile, mu)
+    layers = hooked_layers(model)
+    config = layers[0][1].config
+    if batch_stats and isinstance(batches, Iterator):
+        batches = list(batches)
+    seen = observe(
+        model,
+        batches,
+        method,
+        model_kwargs,
+        activations=config.quantizes_activations,
+        moments=error_feedback or calibration == "output",
+    )
+    found = observed_sites(config, seen)
+    compand = fit_parameters(config, found, seen, calibration, percentile, mu)
+    for layer, promotion in layers:
+        name = promotion.layer.site
+        if name not in found:  # it did not run, and says so when it does
+            continue
+        promotion.site, promotion.is_calibrated = found[name], True
+        for operand in ("weight", "act"):
+            _set(promotion, operand, compand, config, stack_shape(layer))
+        if error_feedback:
+            _feed_back(layer, promotion, seen)
+    if batch_stats:
+        estimate_batch_stats(model, batches, _call(method, model_kwargs))
+
+
+def observe(
+    model: nnx.Module,
+    batches: Any,
+    method: str,
+    model_kwargs: Mapping[str, Any],
+    *,
+    activations: bool,
+    moments: bool,
+) -> Observations:
+    """Returns what is seen of a quantized model over the batches, run in full precision.
+
+    Arguments and errors are those of `calibrate` and `observe_batches`. The model stays as it is.
+    """
+    graphdef, state = nnx.split(model)
+    require_concrete("model", state)
+    call = _call(method, model_kwargs)
+
+    def run(make_observer: MakeObserver, state: Any, args: tuple) -> Observer:
+        copy = nnx.merge(graphdef, state)
+        observer = make_observer(calls_back=True)
+        for _, promotion in hooked_layers(copy):
+            promotion.visitor = observer
+        whole_batches(copy)
+        call(copy, args)
+        return observer
+
+    seen = observe_batches(
+        run,
+        state,
+        batches,
+        getattr(model, method),
+        model_kwargs,
+        at_output=False,
+        activations=activations,
+        moments=moments,
+        owner="model",
+    )
+    if not any(observer.layers for observer in seen.observers):
+        raise ValueError(
+            f"`batches` must run a quantized layer of the model's `{method}`, they ran none"
+        )
+    return seen
+
+
+def _call(method: str, model_kwargs: Mapping[str, Any]) -> Callable[[Any, tuple], Any]:
+    return lambda model, args: getattr(model, method)(*args, **model_kwargs)
+
+
+def _set(
+    promotion: Promotion, operand: str, compand: Mapping, config: QuantConfig, stack: tuple
+) -> None:
+    """Gives a site's operand its theta and rho; none where it is in full precision."""
+    name = promotion.layer.site
+    rho = par.get_leaf(compand, par.scale_path(name, operand))
+    if rho is None:
+        setattr(promotion, f"{operand}_mu", nnx.data(None))
+        setattr(promotion, f"{operand}_scale", nnx.data(None))
+        return
+    theta_variable, rho_variable = promotion.variables(operand)
+    assert rho_variable is not None
+    _write(rho_variable, jnp.broadcast_to(rho, stack + rho.shape))
+    if theta_variable is not None:
+        path = par.mu_path(name, operand, config)
+        assert path is not None
+        own = () if path[0] == par.SHARED else stack
+        _write(theta_variable, jnp.broadcast_to(par.get_leaf(compand, path), own))
+
+
+def _write(variable: Quantizer, value: Array) -> None:
+    variable[...] = value
+
+
+def _feed_back(layer: Any, promotion: Promotion, seen: Observations) -> None:
+    """Rounds a layer's kernel with error feedback, where it is a product with known inputs."""
+    name, kernel = promotion.layer.site, weight_of(layer)
+    parameters = promotion.parameters("weight")
+    # Under WeightNorm, or a mask, it is not used as it is stored.
+    if parameters is None or not np.array_equal(seen.weights[name][0], kernel[...]):
+        return
+    found = {"weight_mu": parameters[0], "weight_scale": parameters[1]}
+    rounded = fed_back(kernel[...], found, promotion.site, seen, name)
+    if rounded is not None:
+        kernel[...] = rounded

@@ -1,0 +1,116 @@
+"""What takes the place of a layer's `promote_dtype`: it quantizes what the layer multiplies."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.layer_quantizer import quantize_operand
+from compand_jax.layers.observation import Layer
+from compand_jax.layers.sites import Site, require_real
+from compand_jax.layers.visitor import Visitor, visited_operands
+from compand_jax.nnx.variables import Mu, Scale
+
+HOOK = "promote_dtype"
+"""The attribute of a layer that a `Promotion` takes."""
+
+
+class Promotion(nnx.Module):
+    """A layer's `promote_dtype` that quantizes the operands first.
+
+    Attributes:
+      promote: The layer's own.
+      layer: What is known of the layer.
+      site: What is static about its quantizers.
+      config: What to quantize and how, in the whole model.
+      is_calibrated: Whether `site` is what calibration found.
+      visitor: What sees the operands in full precision, in place of quantizing them. In the copy
+        of a model that is observed, it is part of the graphdef, so that `nnx.jit` keeps its traces
+        apart from any other.
+      weight_mu: theta of the weight, None in full precision and for a uniform quantizer.
+      weight_scale: rho of the weight, None in full precision.
+      act_mu: theta of the activation, likewise.
+      act_scale: rho of the activation, likewise.
+    """
+
+    def __init__(
+        self,
+        promote: Callable,
+        layer: Layer,
+        site: Site,
+        config: QuantConfig,
+        is_calibrated: bool,
+    ) -> None:
+        self.promote = promote
+        self.layer = layer
+        self.site = site
+        self.config = config
+        self.is_calibrated = is_calibrated
+        self.visitor: Visitor | None = None
+        self.weight_mu: Mu | None = nnx.data(None)
+        self.weight_scale: Scale | None = nnx.data(None)
+        self.act_mu: Mu | None = nnx.data(None)
+        self.act_scale: Scale | None = nnx.data(None)
+
+    def __call__(self, operands: tuple, /, **kwargs: Any) -> Any:
+        """Returns what the layer's own `promote_dtype` makes of the quantized operands."""
+        visitor = self if self.visitor is None else self.visitor
+        return self.promote(visited_operands(visitor, self.layer, operands), **kwargs)
+
+    def operands(
+        self, layer: Layer, activation: Array | None, weight: Array
+    ) -> tuple[Array | None, Array]:
+        """Returns the quantized operands; the activation is None where integers are looked up."""
+        if activation is not None:
+            activation = self._quantize("act", activation)
+        return activation, self._quantize("weight", weight)
+
+    def output(self, layer: Layer, output: Array) -> Array:
+        """Returns the output: a layer of NNX is not seen there."""
+        return output
+
+    def variables(self, operand: str) -> tuple[Mu | None, Scale | None]:
+        """Returns theta and rho of "weight" or "act", as the variables that hold them."""
+        return getattr(self, f"{operand}_mu"), getattr(self, f"{operand}_scale")
+
+    def parameters(self, operand: str) -> tuple[Array, Array] | None:
+        """Returns mu and scale of "weight" or "act"; None in full precision."""
+        theta, rho = self.variables(operand)
+        if rho is None:
+            return None
+        mu = jnp.zeros((), jnp.float32) if theta is None else par.mu_from_theta(theta[...])
+        return mu, par.scale_from_rho(rho[...])
+
+    def _quantize(self, operand: str, x: Array) -> Array:
+        name = self.layer.site
+        if operand not in self.site.operands():
+            return x
+        require_real(name, operand, x.dtype)
+        parameters = self.parameters(operand)
+        if parameters is None:
+            raise ValueError(
+                f"site {name!r} must have {operand}_scale, got none: it ran in another way while "
+                "it was calibrated; calibrate with batches that run it so"
+            )
+        if operand == "act" and not self.is_calibrated:
+            warnings.warn(
+                f"site {name!r} is not calibrated: its activations are taken to be signed and its "
+                "scale is what quantize set; call calibrate, or pass `sites` to quantize",
+                stacklevel=2,
+            )
+        mu, scale = parameters
+        shape = self.site.scale_shape(x.shape) if operand == "weight" else ()
+        if mu.ndim or scale.shape != shape:
+            raise ValueError(
+                f"site {name!r} must see the {operand}_mu and {operand}_scale of one layer, of "
+                f"shapes () and {shape}, got {mu.shape} and {scale.shape}: what runs a stack of "
+                "layers splits these variables as it does nnx.Param, such as "
+                "nnx.StateAxes({(nnx.Param, compand_jax.nnx.Quantizer): 0, ...: None})"
+            )
+        spec = self.site.spec(operand)
+        return quantize_operand(operand, x, mu, scale, spec, self.config.scale_gradient)

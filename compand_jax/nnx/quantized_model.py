@@ -1,0 +1,244 @@
+"""Quantizing an NNX model: a copy of it whose layers quantize what they multiply."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from compand_jax.layers import parametrization as par
+from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.observation import Layer
+from compand_jax.layers.sites import (
+    Site,
+    check_rules,
+    check_sites,
+    require_sites,
+    site_from_config,
+)
+from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, unrolling_of, weight_ndim, weight_of
+from compand_jax.nnx.promotion import HOOK, Promotion
+from compand_jax.nnx.variables import Mu, Scale
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def quantize(model: M, config: QuantConfig, *, sites: Mapping[str, Site] | None = None) -> M:
+    """Returns a copy of an NNX model with its layers quantized; the model itself is not changed.
+
+    Quantized are Linear, LinearGeneral, Einsum, Conv, ConvTranspose and Embed, wherever they are
+    in the model, in attention and recurrent cells too. A layer on several paths is one site, named
+    by the first of them. The copy is a model of the same class, used as ever. Its `nnx.Param` are
+    those of the model; mu and scale are further variables, `Mu` and `Scale`. As `nnx.clone` does
+    it, both share their arrays until one of them is changed.
+
+    mu is the config's `mu_init`, a weight's scale its largest magnitude, and an activation's scale
+    1, until `calibrate` replaces them. What `nnx.vmap` made a stack has them for each of its
+    layers.
+
+    Args:
+      model: Any `flax.nnx` module.
+      config: What to quantize and how, with activations at the layers' input.
+      sites: A calibrated model's, to go with a checkpoint of its state: what
+        `compand_jax.nnx.sites` returned, stored by `sites_to_json`. None for a model to be
+        calibrated.
+
+    Returns:
+      The quantized copy.
+
+    Gradient: straight-through, as `fake_quantize`, in the weights, theta and rho.
+
+    Raises:
+      TypeError: `model` is no NNX module, `config` no QuantConfig, or `sites` no sites.
+      ValueError: the model has no layer to quantize, or is quantized already; a rule matches none;
+        `sites` are those of another model or config; or `config` asks for what an NNX model cannot
+        have.
+
+    >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    >>> qmodel = quantize(model, QuantConfig(weight_bits=3, act_bits=None))
+    >>> len(jnp.unique(qmodel(jnp.eye(4)) / jnp.max(jnp.abs(model.kernel[...])))) <= 7
+    True
+    """
+    _check_arguments(model, config)
+    if sites is not None:
+        require_sites(sites)
+        check_sites(config, sites)
+    qmodel = nnx.clone(model)
+    layers = _named_layers(qmodel)
+    if not layers:
+        raise ValueError(
+            "`model` must have a layer to quantize (Linear, LinearGeneral, Einsum, Conv, "
+            "ConvTranspose or Embed), found none: a Linen module in nnx.bridge.ToNNX is quantized "
+            "by quantize_model"
+        )
+    check_rules(config, layers)
+    if sites is not None and (unknown := set(sites) - set(layers)):
+        raise ValueError(
+            f"`sites` must be this model's, {', '.join(map(repr, sorted(unknown)))} is none of "
+            f"{', '.join(map(repr, sorted(layers)))}"
+        )
+    shared: dict[tuple[str, ...], Mu] = {}
+    for name, layer in layers.items():
+        _hook(layer, name, config, None if sites is None else sites.get(name), shared)
+    return qmodel
+
+
+def dequantize(model: M) -> M:
+    """Returns a copy of a quantized model in full precision, its layers as they were.
+
+    Its graphdef is that of the model that `quantize` was given; its weights are the quantized
+    model's own, before rounding.
+
+    Args:
+      model: A model that `quantize` returned.
+
+    Raises:
+      ValueError: `model` is not quantized.
+    """
+    plain = nnx.clone(model)
+    for layer, promotion in hooked_layers(plain):
+        _set_static(layer, HOOK, promotion.promote)
+    return plain
+
+
+def sites(model: nnx.Module) -> dict[str, Site]:
+    """Returns what is static about each quantized layer of a model, by site.
+
+    `sites_to_json` writes them, to go with a checkpoint of the model's state.
+
+    Args:
+      model: A model that `quantize` returned.
+
+    Raises:
+      ValueError: `model` is not quantized.
+    """
+    return {promotion.layer.site: promotion.site for _, promotion in hooked_layers(model)}
+
+
+def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
+    """Returns mu and scale of every site: {site: {"weight_mu": ..., "act_scale": ..., ...}}.
+
+    Args:
+      model: A model that `quantize` returned.
+
+    Returns:
+      By site, "weight_mu", "weight_scale", "act_mu" and "act_scale", float32. mu has no unit, and
+      is 0 for a uniform quantizer; a scale is in the units of what it clips. A stack's have its
+      axes in front. A weight or an activation in full precision has no entry.
+
+    Raises:
+      ValueError: `model` is not quantized.
+    """
+    found: dict[str, dict[str, Array]] = {}
+    for _, promotion in hooked_layers(model):
+        own = found.setdefault(promotion.layer.site, {})
+        for operand in ("weight", "act"):
+            if (parameters := promotion.parameters(operand)) is not None:
+                own[f"{operand}_mu"], own[f"{operand}_scale"] = parameters
+    return found
+
+
+def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:
+    """Returns the quantized layers of a model, each with what quantizes it.
+
+    Raises:
+      TypeError: `model` is no NNX module.
+      ValueError: it is not quantized.
+    """
+    _require_module(model)
+    found = [
+        (layer, layer.promote_dtype)
+        for _, layer in _layers(model)
+        if isinstance(layer.promote_dtype, Promotion)
+    ]
+    if not found:
+        raise ValueError("`model` must be quantized, got one that is not: use nnx.quantize")
+    return found
+
+
+def stack_shape(layer: Any) -> tuple[int, ...]:
+    """Returns the axes that `nnx.vmap` put in front of a layer's weight; () for one layer."""
+    shape = weight_of(layer)[...].shape
+    return tuple(shape[: len(shape) - weight_ndim(layer)])
+
+
+def _check_arguments(model: Any, config: Any) -> None:
+    _require_module(model)
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"`config` must be a QuantConfig, got {type(config).__name__}")
+    if config.act_site != "input":
+        raise ValueError(
+            f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "
+            "can be reached at what they multiply alone"
+        )
+    if any(isinstance(layer.promote_dtype, Promotion) for _, layer in _layers(model)):
+        raise ValueError("`model` must be in full precision, got a quantized one: dequantize it")
+    mode = getattr(nnx, "set_graph_mode", None)
+    if mode is not None and not mode.current_value() and config.mu_scope != "per_layer":
+        raise ValueError(
+            "`mu_scope` must be 'per_layer' in Flax's tree mode, where no variable is shared, got "
+            f"{config.mu_scope!r}: use nnx.set_graph_mode(True)"
+        )
+
+
+def _require_module(model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"`model` must be a flax.nnx Module, got {type(model).__name__}: a Linen module is "
+            "quantized by quantize_model"
+        )
+
+
+def _layers(model: nnx.Module) -> Iterator[tuple[tuple, Any]]:
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, LAYERS):
+            yield path, node
+
+
+def _named_layers(model: nnx.Module) -> dict[str, Any]:
+    return {"/".join(map(str, path)): layer for path, layer in _layers(model)}
+
+
+def _hook(
+    layer: Any, name: str, config: QuantConfig, site: Site | None, shared: dict[tuple, Mu]
+) -> None:
+    """Puts a `Promotion` into a layer; `shared` has each mu that several sites share."""
+    kind = Layer(name, channel_axes(layer), unrolling_of(layer))
+    found = site or site_from_config(config, name, channel_axes=kind.channel_axes)
+    is_calibrated = site is not None
+    promotion = Promotion(layer.promote_dtype, kind, found, config, is_calibrated)
+    stack = stack_shape(layer)
+    for operand in found.operands():
+        scale = _largest(weight_of(layer)[...], found, stack) if operand == "weight" else 1.0
+        rho = jnp.broadcast_to(par.rho_from_scale(scale), stack + jnp.shape(scale)[len(stack) :])
+        setattr(promotion, f"{operand}_scale", Scale(rho))
+        path = par.mu_path(name, operand, config)
+        if path is None:
+            continue
+        if path[0] != par.SHARED:
+            theta = jnp.broadcast_to(par.theta_from_mu(config.mu_init), stack)
+            setattr(promotion, f"{operand}_mu", Mu(theta))
+            continue
+        mu = shared.setdefault(path, Mu(par.theta_from_mu(config.mu_init)))
+        setattr(promotion, f"{operand}_mu", mu)
+    setattr(layer, HOOK, nnx.data(promotion))
+
+
+def _largest(weight: Array, site: Site, stack: tuple[int, ...]) -> Array:
+    """Returns the largest magnitude of each layer's weight, or of each of its channels."""
+    ndim = weight.ndim - len(stack)
+    axes = tuple(i for i in range(-ndim, 0) if i not in site.scale_axes)
+    largest = jnp.max(jnp.abs(weight), axes, initial=0.0, keepdims=bool(site.scale_axes))
+    largest = largest.astype(jnp.float32)
+    return jnp.where(largest > 0, largest, 1)
+
+
+def _set_static(module: Any, name: str, value: Any) -> None:
+    """Sets an attribute that was data before and is static now."""
+    if hasattr(nnx, "static"):
+        setattr(module, name, nnx.static(value))
+        return
+    # Flax 0.11 knows an attribute that was data as data ever after.
+    object.__setattr__(module, "_pytree__nodes", module._pytree__nodes - {name})
+    setattr(module, name, value)

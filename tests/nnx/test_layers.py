@@ -1,0 +1,127 @@
+"""Every kind of NNX layer against quantizing by hand, and against the Linen layer."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from nnx_models import RNGS, draw, values_of, with_gradients, with_values
+from small_models import BITS, assert_same, assert_trained, normal, quantize_by_hand
+
+import compand_jax as cj
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(site .*|the quantized model) is not calibrated"  # mu and scales are drawn here
+)
+
+IMAGE = (2, 5, 5, 4)
+
+# The NNX layer, the Linen one, the shape of the input, and the weight's output axes.
+LAYERS = {
+    "linear": (lambda **k: nnx.Linear(4, 6, **k), lambda **k: nn.Dense(6, **k), (5, 4), (-1,)),
+    "linear_general": (
+        lambda **k: nnx.LinearGeneral((4, 2), (2, 3), axis=(-2, -1), **k),
+        lambda **k: nn.DenseGeneral((2, 3), axis=(-2, -1), **k),
+        (5, 4, 2),
+        (-2, -1),
+    ),
+    "linear_general_batch": (
+        lambda **k: nnx.LinearGeneral(4, 6, batch_axis={0: 5}, **k),
+        lambda **k: nn.DenseGeneral(6, batch_dims=(0,), **k),
+        (5, 2, 4),
+        (-1,),
+    ),
+    "einsum": (
+        lambda **k: nnx.Einsum("...d,dhk->...hk", (4, 2, 3), (2, 3), **k),
+        lambda **k: nn.Einsum((4, 2, 3), "...d,dhk->...hk", **k),
+        (5, 4),
+        (-2, -1),
+    ),
+    "conv": (
+        lambda **k: nnx.Conv(4, 6, (3, 3), **k),
+        lambda **k: nn.Conv(6, (3, 3), **k),
+        IMAGE,
+        (-1,),
+    ),
+    "conv_depthwise": (
+        lambda **k: nnx.Conv(4, 4, (3, 3), feature_group_count=4, **k),
+        lambda **k: nn.Conv(4, (3, 3), feature_group_count=4, **k),
+        IMAGE,
+        (-1,),
+    ),
+    "conv_grouped": (
+        lambda **k: nnx.Conv(4, 6, (3, 3), feature_group_count=2, **k),
+        lambda **k: nn.Conv(6, (3, 3), feature_group_count=2, **k),
+        IMAGE,
+        (-1,),
+    ),
+    "conv_transpose": (
+        lambda **k: nnx.ConvTranspose(4, 6, (3, 3), (2, 2), **k),
+        lambda **k: nn.ConvTranspose(6, (3, 3), (2, 2), **k),
+        IMAGE,
+        (-1,),
+    ),
+    "conv_transpose_kernel": (
+        lambda **k: nnx.ConvTranspose(4, 6, (3, 3), (2, 2), transpose_kernel=True, **k),
+        lambda **k: nn.ConvTranspose(6, (3, 3), (2, 2), transpose_kernel=True, **k),
+        IMAGE,
+        (-2,),
+    ),
+    "attend": (lambda **k: nnx.Embed(7, 4, **k), lambda **k: nn.Embed(7, 4, **k), (5, 4), (-1,)),
+    "lora": (
+        lambda **k: nnx.LoRALinear(4, 6, lora_rank=2, lora_dtype=k.get("dtype"), **k),
+        None,
+        (5, 4),
+        (-1,),
+    ),
+}
+CELLS = [(jnp.float32, "channel"), (jnp.bfloat16, "tensor")]
+
+
+def run(layer, x):
+    return layer.attend(x) if isinstance(layer, nnx.Embed) else layer(x)
+
+
+@pytest.mark.parametrize(("dtype", "granularity"), CELLS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_equals_quantizing_by_hand_and_linens(name, dtype, granularity):
+    make, make_linen, shape, channel_axes = LAYERS[name]
+    kwargs = {} if dtype == jnp.float32 else {"dtype": dtype}
+    config = cj.QuantConfig(weight_bits=BITS, act_bits=BITS, weight_granularity=granularity)
+    qlayer, x = cj.nnx.quantize(make(**kwargs, rngs=RNGS), config), normal(*shape, dtype=dtype)
+    draw(qlayer)
+    key = "embedding" if name == "attend" else "kernel"
+    sites = {"": cj.Site(BITS, BITS, scale_axes=channel_axes if granularity == "channel" else ())}
+    assert cj.nnx.sites(qlayer) == sites
+    plain = cj.nnx.dequantize(qlayer)
+
+    def quantized(values, x):
+        return run(with_values(qlayer, values), x)
+
+    def by_hand(values, x):
+        params = {name: leaf for name, leaf in values.items() if name != "promote_dtype"}
+        leaves = values["promote_dtype"]
+        params[key] = quantize_by_hand(params[key], leaves, "weight")
+        y = run(with_values(plain, params), quantize_by_hand(x, leaves, "act"))
+        if name == "lora":  # the base alone is quantized
+            seen = quantize_by_hand(x, leaves, "act")
+            y += plain_lora(plain, params, x) - plain_lora(plain, params, seen)
+        return y
+
+    def linens(values, x):
+        params = {name: leaf for name, leaf in values.items() if name != "promote_dtype"}
+        variables = {"params": params, "compand": values["promote_dtype"]}
+        qmodel = cj.quantize_model(make_linen(**kwargs), config)
+        return qmodel.apply(variables, x, method="attend" if name == "attend" else None)
+
+    functions = [quantized, by_hand] + [linens] * (make_linen is not None)
+    (y, gradients), *others = with_gradients(functions, values_of(qlayer), x)
+    assert y.dtype == dtype
+    tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
+    for expected, expected_gradients in others:
+        assert_same(y, expected, tolerance)
+        assert_same(gradients, expected_gradients, 10 * tolerance)
+    assert_trained(gradients)
+
+
+def plain_lora(layer, params, x):
+    return with_values(layer, params).lora(x)
