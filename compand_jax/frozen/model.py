@@ -19,7 +19,7 @@ from compand_jax.frozen.file import read_sealed, write_sealed, wrong_file
 from compand_jax.frozen.identity import Fixed
 from compand_jax.frozen.sample import Call, Signature, abstract_call, is_array
 from compand_jax.frozen.summary import summarize_frozen
-from compand_jax.frozen.tree import Arrays, FrozenSite
+from compand_jax.frozen.tree import Arrays, FrozenSite, flatten, join_path, split_path
 
 _TRACED, _CONSTANT, _NOT_COMPILED = range(3)
 """How a call runs: its Python floats traced, its Python floats constants, or not compiled."""
@@ -99,6 +99,30 @@ class FrozenModel:
         return jax.tree.map(
             lambda x: x.value if isinstance(x, _Constant) else x, output, is_leaf=_is_constant
         )
+
+    def with_state(self, state: Mapping[str, Any]) -> "FrozenModel":
+        """Returns this model with these collections in place of its own, such as a cache.
+
+        So a model that keeps state is run on: a decoder, step by step, without compiling again,
+
+            y, state = frozen.with_state(state).apply(token, mutable=["cache"])
+
+        Args:
+          state: Collections by name, as `apply` returns them with `mutable`. They are not copied.
+
+        Raises:
+          ValueError: a collection holds quantized weights, as "params" does.
+        """
+        quantized = {"params", *(path[0] for _, path, _ in self._weights.leaves())}
+        if wrong := quantized.intersection(state):
+            raise ValueError(
+                "`state` must be of collections without quantized weights, got "
+                f"{', '.join(map(repr, sorted(wrong)))}: freeze the model with those"
+            )
+        own = self.arrays["variables"].items()
+        kept = {name: x for name, x in own if split_path(name)[0] not in state}
+        given = {join_path(path): x for path, x in flatten(nn.meta.unbox(state))}
+        return _unflatten(self._static, [{**self.arrays, "variables": kept | given}])
 
     def apply_dense(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what `apply` returns, not compiled, from weights expanded before the model runs.
