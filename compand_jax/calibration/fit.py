@@ -27,6 +27,10 @@ from compand_jax.calibration.search import COARSE, FEW_PRODUCTS, FINE, MU_MAX, F
 from compand_jax.core.codebooks import check_spec
 
 CALIBRATIONS = ("mse", "absmax", "percentile", "output")
+# In more products than these, mu is looked for in some of the rows, with as many as below: all of a
+# layer's outputs weigh its inputs alike, and a kernel of 2048 x 2048 takes 2^33.
+_MANY_PRODUCTS = 2**30
+_ENOUGH_PRODUCTS = 2**28
 _OF_ARRAYS = tuple(name for name in CALIBRATIONS if name != "output")
 
 
@@ -43,15 +47,47 @@ def fit_groups(
     percent = {"absmax": 100.0, "percentile": percentile}.get(calibration)
     # Those of one kind together. A group's kind does not depend on which others there are, so that
     # neither does what is found for it.
-    kinds: dict[tuple[bool, bool], list[int]] = {}
+    kinds: dict[tuple[bool, bool, bool], list[int]] = {}
     for i, group in enumerate(groups):
         few = sum(sample.products for sample in group.samples) <= FEW_PRODUCTS
-        kinds.setdefault((group.mu is not None, few), []).append(i)
+        kinds.setdefault((group.mu is not None, few, _has_many(group)), []).append(i)
     fits: dict[int, Fit] = {}
-    for (_, few), chosen in kinds.items():
-        search = Search([groups[i] for i in chosen], FINE if few else COARSE, percent)
-        fits |= zip(chosen, search.fits(), strict=True)
+    for (held, few, many), chosen in kinds.items():
+        own = [groups[i] for i in chosen]
+        if many and not held:
+            found = _fits_by_some_rows(own, percent)
+        else:
+            found = Search(own, FINE if few else COARSE, percent).fits()
+        fits |= zip(chosen, found, strict=True)
     return [_in_units(fits[i], group.samples) for i, group in enumerate(groups)]
+
+
+def _has_many(group: Group) -> bool:
+    """Whether a search in all rows takes too long."""
+    return any(not one.counted and one.products > _MANY_PRODUCTS for one in group.samples)
+
+
+def _fits_by_some_rows(groups: Sequence[Group], percent: float | None) -> list[Fit]:
+    """Returns the groups' fits at the mu that is the best of some rows, or at 0 if that is better.
+
+    Scales are of all rows.
+    """
+    some = [
+        group._replace(
+            samples=[
+                one if one.counted else one.some_rows(_ENOUGH_PRODUCTS) for one in group.samples
+            ]
+        )
+        for group in groups
+    ]
+    mus = [fit.mu for fit in Search(some, COARSE, percent).fits()]
+    uniform = Search([group._replace(mu=0.0) for group in groups], COARSE, percent).fits()
+    held = [group._replace(mu=mu) for group, mu in zip(groups, mus, strict=True)]
+    companded = Search(held, COARSE, percent).fits()
+    return [
+        min(pair, key=lambda fit: np.sum(fit.errors))
+        for pair in zip(uniform, companded, strict=True)
+    ]
 
 
 def _in_units(fit: Fit, samples: Sequence[Sample]) -> Fit:

@@ -87,6 +87,20 @@ class Sample(NamedTuple):
         grouped = x.reshape(groups, -1, n)
         return jnp.matmul(grouped, self.weights, precision="highest").reshape(x.shape)
 
+    def some_rows(self, products: int) -> "Sample":
+        """Returns every k-th row of each group, at least 16, for about so many products at most."""
+        groups = len(self.weights)
+        rows = len(self.values) // groups
+        stride = max(min(rows // 16, -(-self.products // products)), 1)
+
+        def some(x: Array) -> Array:
+            """Returns of an array by row the entries of those rows; of one for all rows, itself."""
+            if len(x) < len(self.values):
+                return x
+            return x.reshape(groups, rows, *x.shape[1:])[:, ::stride].reshape(-1, *x.shape[1:])
+
+        return Sample(some(self.values), self.weights, some(self.absmax), some(self.unit))
+
     def per_scale(self, products: Float[Array, "rows n"]) -> Float[Array, "scales"]:
         """Returns the sums over what each scale has to do with."""
         sums = jnp.sum(products, 1)

@@ -150,6 +150,8 @@ class Search:
         if self._groups[0].mu is not None:
             mus = np.array([group.mu for group in self._groups], np.float64)
             best = self._at(mus, self._data)
+            if self._percent is None:
+                best = self._zoom(best, mus, self._effort.zooms[0])
         else:
             best = self._search_mu()
         errors = self._per_tensor(best.errors) / self._data.powers
@@ -176,15 +178,19 @@ class Search:
             state = state._replace(totals=np.full_like(state.totals, np.inf))  # of thinned data
             step = thetas[1]
             for distance in self._effort.zooms:
-                near = np.exp(distance * np.arange(-2, 3))[:, None]
                 centers = np.log1p(state.mus)
                 for point in _POINTS:
                     mus = np.expm1(np.clip(centers + point * step, 0, _THETA_MAX))
-                    starts = [near * scales for scales in state.scales]
-                    state = self._better(state, self._at(mus, self._data, starts))
+                    state = self._zoom(state, mus, distance)
                 step /= 3
             best = self._better(best, state)
         return best
+
+    def _zoom(self, state: _State, mus: np.ndarray, distance: float) -> _State:
+        """Returns the state, or for each group the best one near its scales, at these mus."""
+        near = np.exp(distance * np.arange(-2, 3))[:, None]
+        starts = [near * scales for scales in state.scales]
+        return self._better(state, self._at(mus, self._data, starts))
 
     def _better(self, old: _State, new: _State) -> _State:
         """Returns, for each group, the new state where it is better, else the old one."""

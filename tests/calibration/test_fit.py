@@ -9,6 +9,7 @@ import oracle
 import pytest
 from scipy import special, stats
 
+from compand_jax.calibration import fit as fit_module
 from compand_jax.calibration import samples
 from compand_jax.calibration.fit import Group, fit_groups
 from compand_jax.calibration.samples import histogram, merge_histograms, sample_from_weights
@@ -233,6 +234,34 @@ def test_the_least_error_of_a_layers_output(per_row):
     assert found.sum() <= 1.001 * best
     power = np.einsum("gri,gij,grj", rows, moments, rows)
     assert relative == pytest.approx(found.sum() / power, rel=1e-3)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["tensor", "channel"])
+@pytest.mark.parametrize("draw", [np.random.Generator.normal, np.random.Generator.uniform])
+def test_mu_of_many_products_is_that_of_some_rows(monkeypatch, per_row, draw):
+    rng = np.random.default_rng(0)
+    rows = draw(rng, size=(2, 128, 96)).astype(np.float32)
+    inputs = rng.normal(size=(2, 400, 96)) * np.geomspace(0.3, 3, 96)
+    moments = np.einsum("gti,gtj->gij", inputs, inputs)
+    given = samples.sample_from_moments(jnp.asarray(rows), np.float32(moments), per_row)
+    assert [len(part) for part in given.some_rows(given.products // 4)] == [
+        64, 2, 64 if per_row else 1, 64 if per_row else 1,
+    ]  # fmt: skip
+    group = Group([given], [FOUR])
+    monkeypatch.setattr(fit_module, "FEW_PRODUCTS", 0)  # as of large tensors
+    (of_all,) = fit_groups([group])
+    (uniform,) = fit_groups([group._replace(mu=0.0)])
+    monkeypatch.setattr(fit_module, "_MANY_PRODUCTS", given.products - 1)
+    monkeypatch.setattr(fit_module, "_ENOUGH_PRODUCTS", given.products // 4)
+    (found,) = fit_groups([group])
+    assert found.scales[0].shape == of_all.scales[0].shape
+    assert found.errors <= 1.03 * of_all.errors  # so few weights make a rough curve of errors
+    assert found.errors <= uniform.errors
+    scales = found.scales[0].reshape((2, 128, 1) if per_row else ())
+    e = rows - oracle.fake_quantize(rows, found.mu, scales, *FOUR)
+    relative = np.einsum("gri,gij,grj", e, moments, e)
+    relative /= np.einsum("gri,gij,grj", rows, moments, rows)
+    assert found.errors == pytest.approx(relative, rel=1e-3)
 
 
 def test_mu_that_is_held():
