@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from compand_jax.core._mesh import sharded_as
+
 _BINS_PER_OCTAVE_LOG2 = 9
 _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -39, 1
 BINS = (_HIGHEST_EXPONENT - _LOWEST_EXPONENT) << _BINS_PER_OCTAVE_LOG2
@@ -107,6 +109,7 @@ class Sample(NamedTuple):
         return sums if len(self.absmax) == len(sums) else jnp.sum(sums, keepdims=True)
 
 
+@sharded_as()
 def histogram(x: Float[Array, "..."]) -> Histogram:
     """Returns the histogram of a tensor's magnitudes."""
     x = x.astype(jnp.float32).ravel()

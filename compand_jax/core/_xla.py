@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -133,21 +132,3 @@ def _sum_to(x: Array, shape: tuple) -> Array:
         return jnp.sum(x)
     axes = tuple(i for i, n in enumerate(shape) if n == 1)
     return jnp.sum(x, axes, keepdims=True)
-
-
-def varying_axes(x: Array) -> frozenset:
-    """Returns the axes of `jax.shard_map`'s mesh that a value differs along, as JAX tracks it.
-
-    None under `check_vma=False` and under `jax.pmap`, which do not track it.
-    """
-    kind = jax.typeof(x)
-    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-
-
-def sum_over_mesh(gradient: Array, operand: Array) -> Array:
-    """Returns a gradient summed over the mesh axes that it differs along and its operand does not.
-
-    What JAX does for its own functions, and leaves to those with a `custom_vjp`.
-    """
-    axes = varying_axes(gradient) - varying_axes(operand)
-    return lax.psum(gradient, tuple(sorted(axes, key=str))) if axes else gradient

@@ -20,8 +20,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from compand_jax.core._checks import check_codes, check_operands, check_parameters, compute_dtype
+from compand_jax.core._mesh import sharded_as, sum_over_mesh
 from compand_jax.core._series import level_slope_in_mu
-from compand_jax.core._xla import look_up, sum_both, sum_over_mesh, take
+from compand_jax.core._xla import look_up, sum_both, take
 from compand_jax.core.codebooks import Spec, check_spec, half_table, positions
 
 GRADIENTS = ("identity", "chain")
@@ -184,6 +185,7 @@ def _look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec
 
 
 @functools.partial(jax.jit, static_argnums=3)
+@sharded_as(0)
 def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     x = x.astype(mu.dtype)
     counts = jnp.arange(len(positions(spec)[0]), dtype=jnp.int32)
@@ -192,6 +194,7 @@ def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
+@sharded_as(0)
 def _dequantize(codes: Array, mu: Array, scale: Array, spec: Spec, dtype: Any) -> Array:
     levels, _ = half_table(mu, scale, spec)
     k = codes.astype(jnp.int32)
@@ -205,6 +208,7 @@ def _straight_through(x: Array, mu: Array, scale: Array, spec: Spec, chain: bool
 
 
 @functools.partial(jax.jit, static_argnums=3)
+@sharded_as(0)
 def _nearest_level(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     wide = x.astype(mu.dtype)
     levels, _ = half_table(mu, scale, spec)
@@ -226,6 +230,7 @@ def _straight_through_bwd(spec: Spec, chain: bool, residuals: tuple, cotangent: 
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
+@sharded_as(0, 1, 2)
 def _pull_back(
     x: Array, mu: Array, scale: Array, cotangent: Array, spec: Spec, chain: bool
 ) -> tuple[Array, Array, Array]:

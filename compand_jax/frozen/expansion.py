@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from compand_jax.core._mesh import sharded_as
 from compand_jax.frozen.folded_norms import NORM_LEAVES, shift_norms
 from compand_jax.frozen.packing import (
     CARRIER,
@@ -217,6 +218,7 @@ def _after(x: Array | None, codes: Array) -> Array:
 
 
 @jax.custom_batching.custom_vmap
+@sharded_as(1)
 def _with_zero(x: Array, codes: Array) -> Array:
     first = x.reshape(-1)[0]
     return codes ^ ((first != first) & (first == first)).astype(codes.dtype)
@@ -226,4 +228,4 @@ def _with_zero(x: Array, codes: Array) -> Array:
 def _with_zero_of_batch(axis_size: int, batched: list, x: Array, codes: Array) -> tuple:
     if batched[1]:
         return codes, True
-    return _with_zero(x[0] if batched[0] else x, codes), False
+    return _with_zero(x, codes), False  # of all examples' x the first number does as well

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, UInt8
 
+from compand_jax.core._mesh import sharded_as
 from compand_jax.core._xla import take
 
 # Up to so many levels a chain of selections is cheaper than a gather, and fuses.
@@ -26,6 +27,7 @@ def packed_bytes(count: int, bits: int) -> int:
     return -(-count * bits // 8)
 
 
+@sharded_as()
 def pack(codes: UInt8[Array, "..."], bits: int) -> UInt8[Array, " bytes"]:
     """Returns the codes, flattened, as packed bits; `unpack` is the inverse.
 
@@ -47,6 +49,7 @@ def pack(codes: UInt8[Array, "..."], bits: int) -> UInt8[Array, " bytes"]:
     return jnp.stack(columns, axis=1).reshape(-1)[: packed_bytes(codes.size, bits)]
 
 
+@sharded_as()
 def unpack(
     packed: UInt8[Array, " bytes"], bits: int, shape: tuple[int, ...]
 ) -> UInt8[Array, "..."]:
@@ -74,6 +77,7 @@ def _shifted(x: Array, by: int) -> Array:
     return x << by if by >= 0 else x >> -by
 
 
+@sharded_as(0)
 def expand(
     codes: UInt8[Array, "..."], levels: Float[Array, "... levels"], *, selections: bool = True
 ) -> Float[Array, "..."]:
@@ -110,6 +114,7 @@ def from_carrier(carrier: Array) -> UInt8[Array, "..."]:
     return lax.bitcast_convert_type(carrier, jnp.uint8)
 
 
+@sharded_as(0)
 def nearest_level(
     x: Float[Array, "..."],
     levels: Float[Array, " levels"],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from compand_jax.core._xla import varying_axes
+from compand_jax.core._mesh import varying_axes
 from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from compand_jax.calibration.samples import Histogram, merge_histograms
+from compand_jax.core._mesh import replicated
 from compand_jax.layers.unrolling import Unrolling
 
 
@@ -119,7 +120,9 @@ class Observer:
             return
         name, values = next(self._inner_names), self.called_back[what].setdefault(site, [])
         if self._calls_back or name in (self.run_names or ()):
-            jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), value)
+            # Under vmap it is called for one example after the other, who have to be at hand.
+            whole = jax.tree.map(replicated, value)
+            jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), whole)
         elif self.run_names is None:
             checkpoint_name(jax.tree.leaves(value)[0], name)
 

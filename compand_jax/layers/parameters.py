@@ -123,7 +123,7 @@ def fed_back(
         scales.reshape(rows.shape[:2]),
     )
     rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
-    # What is where it would be anyhow stays free to be moved.
-    if isinstance(kernel, jax.Array) and kernel.sharding != rounded.sharding:
+    # What is free to be moved stays free: beside a mesh that is set, one device alone is an error.
+    if isinstance(kernel, jax.Array) and kernel.committed:
         return jax.device_put(rounded, kernel.sharding)
     return rounded

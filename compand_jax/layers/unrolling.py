@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from compand_jax.core._mesh import sharded_as
+
 
 @dataclasses.dataclass(frozen=True)
 class Unrolling:
@@ -51,6 +53,7 @@ class Unrolling:
         """Returns the weight of that shape whose `rows` these are."""
         return rows.transpose(2, 0, 1).reshape(shape)
 
+    @sharded_as()
     def moments(
         self, x: Float[Array, "..."], weight_shape: tuple[int, ...]
     ) -> Float[Array, "groups n n"]:

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.core import ShapedArray
 
 from compand_jax.layers.observation import Observer
 from compand_jax.linen.interception import intercept_layers
@@ -30,8 +31,9 @@ def layers_run(
       ValueError: a layer runs in a function whose trace `jax.jit` keeps from call to call.
     """
     leaves, structure = jax.tree.flatten((variables, args, kwargs))
+    # Of the type that jax gives an array: int64 is int32 by default, and it may be sharded.
     signature = tuple(
-        _abstract(x) if isinstance(x, (jax.Array, np.ndarray, np.generic)) else x for x in leaves
+        jax.typeof(x) if isinstance(x, (jax.Array, np.ndarray, np.generic)) else x for x in leaves
     )
     mutable = tuple(mutable) if isinstance(mutable, list) else mutable
     try:
@@ -40,20 +42,13 @@ def layers_run(
         return _layers_run.__wrapped__(model, structure, signature, mutable)
 
 
-def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    aval = jax.typeof(x)  # of the type that jax gives it: int64 is int32 by default
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-
-
 @functools.lru_cache(maxsize=1024)
 def _layers_run(model: nn.Module, structure: Any, signature: tuple, mutable: Any) -> set[str]:
-    arrays = [leaf for leaf in signature if isinstance(leaf, jax.ShapeDtypeStruct)]
+    arrays = [leaf for leaf in signature if isinstance(leaf, ShapedArray)]
 
     def call(arrays: list, observer: Observer) -> None:
         values = iter(arrays)
-        leaves = [
-            next(values) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf for leaf in signature
-        ]
+        leaves = [next(values) if isinstance(leaf, ShapedArray) else leaf for leaf in signature]
         variables, args, kwargs = jax.tree.unflatten(structure, leaves)
         with intercept_layers(model, observer) as intercepted:
             # What it returns is not looked at, and need not be arrays.

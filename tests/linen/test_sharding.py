@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_models import normal
 
@@ -125,3 +125,162 @@ def test_frozen_models_run_under_shard_map(bits):
 
     wanted = jax.jit(qmodel.apply)(variables, X)
     np.testing.assert_allclose(jax.jit(sharded)(frozen, X), wanted, rtol=1e-5, atol=1e-5)
+
+
+def sharding_of(x):
+    return jax.typeof(x).sharding.spec
+
+
+def placed(mesh, tree, spec):
+    return jax.device_put(tree, NamedSharding(mesh, spec))
+
+
+@pytest.mark.parametrize("options", OPTIONS[1::2], ids=str)
+def test_explicit_axes_give_the_outputs_and_gradients_of_one_device(options):
+    qmodel, variables = calibrated(**options)
+    value_and_grad = jax.jit(jax.value_and_grad(loss_of(qmodel)))
+    wanted = value_and_grad(variables, X, TARGETS)
+    outputs = jax.jit(qmodel.apply)(variables, X)
+    mesh = data_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x, targets = placed(mesh, (X, TARGETS), P("data"))
+        found = jax.jit(qmodel.apply)(variables, x)
+        assert_equal_gradients(value_and_grad(variables, x, targets), wanted)
+    np.testing.assert_allclose(found, outputs, rtol=1e-5, atol=1e-5)
+    assert sharding_of(found) == P("data", None)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_a_train_step_on_kernels_that_are_sharded(kind):
+    model = nn.Sequential([nn.Dense(4), nn.softplus])
+    config = cj.QuantConfig(weight_bits=6, act_bits=6, weight_granularity="channel")
+    qmodel, variables = cj.quantize_model(model, config).calibrate(
+        model.init(jax.random.key(0), X), [X], mu=3.0, calibration="absmax"
+    )
+
+    def step(apply, variables, x):
+        gradient = jax.grad(lambda variables: jnp.sum(apply(variables, x) ** 2))(variables)
+        return jax.tree.map(lambda leaf, slope: leaf - 0.01 * slope, variables, gradient)
+
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, AxisType.Explicit))
+    with jax.set_mesh(mesh):
+        x = placed(mesh, X, P("data"))
+        spread = {
+            **variables,
+            "params": jax.tree.map(
+                lambda leaf: placed(mesh, leaf, P(None, "model") if leaf.ndim == 2 else P("model")),
+                variables["params"],
+            ),
+        }
+        plain = {"params": spread["params"]}
+        for apply in (qmodel.apply, jax.jit(qmodel.apply)):
+            found = apply(spread, x)
+            np.testing.assert_allclose(found, qmodel.apply(variables, X), rtol=1e-5, atol=1e-5)
+            assert sharding_of(found) == sharding_of(jax.jit(model.apply)(plain, x))
+        stepped = jax.jit(functools.partial(step, qmodel.apply))(spread, x)
+        plain = jax.jit(functools.partial(step, model.apply))(plain, x)
+    for leaf, right in zip(
+        jax.tree.leaves(stepped),
+        jax.tree.leaves(step(qmodel.apply, variables, X)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(leaf, right, rtol=1e-5, atol=1e-5)
+    for leaf, right in zip(*map(jax.tree.leaves, (stepped["params"], plain)), strict=True):
+        assert sharding_of(leaf) == sharding_of(right)
+
+
+def assert_equal_parameters(found, wanted):
+    for leaf, right in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(leaf, right, rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_on_explicit_axes_finds_what_one_device_finds():
+    config = cj.QuantConfig(
+        weight_bits=4, act_bits=4, act_site="output", weight_granularity="channel"
+    )
+    qmodel, params = cj.quantize_model(MODEL, config), MODEL.init(jax.random.key(0), X)
+    how = {"mu": 3.0, "calibration": "output", "error_feedback": True}
+    wanted, variables = qmodel.calibrate(params, [X], **how)
+    mesh = data_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = placed(mesh, X, P("data"))
+        found, spread = qmodel.calibrate(params, [x], **how)
+        initial = qmodel.init(jax.random.key(0), x)["compand"]
+        assert qmodel.summary(spread) == qmodel.summary(variables)
+    assert found.sites == wanted.sites
+    assert_equal_parameters(spread, variables)
+    assert_equal_parameters(initial, qmodel.init(jax.random.key(0), X)["compand"])
+
+
+class Normed(nn.Module):
+    """A convolution, a batch norm, and a layer for each example, whose values are called back."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (2,))(x[..., None])
+        x = nn.BatchNorm(use_running_average=not train)(x).mean(1)
+        each = nn.vmap(nn.Dense, variable_axes={"params": None}, split_rngs={"params": False})
+        return each(3)(nn.softplus(x))
+
+
+def test_statistics_and_stacks_are_calibrated_and_frozen_on_explicit_axes():
+    model = Normed()
+    qmodel = cj.quantize_model(model, cj.QuantConfig(weight_bits=6, act_bits=6))
+    variables = model.init(jax.random.key(0), X)
+    how = {"mu": 3.0, "calibration": "absmax", "batch_stats": True, "train": True}
+    calibrated, wanted = qmodel.calibrate(variables, [X], **how)
+    outputs = jax.jit(calibrated.apply)(wanted, X)
+    mesh = data_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = placed(mesh, X, P("data"))
+        _, found = qmodel.calibrate(variables, [x], **how)
+        frozen = cj.freeze(calibrated, wanted, x)
+        for values in (frozen.apply(x), jax.jit(calibrated.apply)(wanted, x)):
+            np.testing.assert_allclose(values, outputs, rtol=1e-5, atol=1e-5)
+            assert sharding_of(values) == P("data", None)
+    assert_equal_parameters(found, wanted)
+
+
+@pytest.mark.parametrize(("bits", "spec"), [(3, P()), (8, P(None, "model"))])
+def test_frozen_models_run_on_explicit_axes(bits, spec, tmp_path):
+    qmodel, variables = calibrated(bits=bits, weight_granularity="channel")
+    wanted = jax.jit(qmodel.apply)(variables, X)
+    kinds = (AxisType.Explicit, AxisType.Explicit)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    with jax.set_mesh(mesh):
+        x = placed(mesh, X, P("data"))
+        kernel = variables["params"]["layers_0"]["kernel"]
+        layer = {**variables["params"]["layers_0"], "kernel": placed(mesh, kernel, spec)}
+        spread = {**variables, "params": {**variables["params"], "layers_0": layer}}
+        frozen = cj.freeze(qmodel, spread, x)
+        frozen.save(tmp_path / "frozen")
+        loaded = cj.load_frozen(tmp_path / "frozen", MODEL)
+        for values in (frozen.apply(x), loaded.apply(x), frozen.apply_dense(x)):
+            np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-5)
+            assert sharding_of(values) == P("data", None)
+
+
+class AsksForItsSharding(nn.Module):
+    """A model that only runs on sharded inputs."""
+
+    @nn.compact
+    def __call__(self, x):
+        assert "data" in sharding_of(x)
+        return nn.Dense(3)(x)
+
+
+def test_a_model_sees_the_sharding_of_its_inputs():
+    model = AsksForItsSharding()
+    mesh = data_mesh(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = placed(mesh, X, P("data"))
+        qmodel = cj.quantize_model(model, cj.QuantConfig(weight_bits=6, act_bits=6))
+        qmodel, variables = qmodel.calibrate(model.init(jax.random.key(0), x), [x], mu=3.0)
+        found = jax.jit(qmodel.apply)(variables, x)
+    (site,) = qmodel.sites
+    by_hand = qmodel.quantizers(variables)[site]
+    kernel, bias = (variables["params"][site][name] for name in ("kernel", "bias"))
+    weight = cj.fake_quantize(kernel, by_hand["weight_mu"], by_hand["weight_scale"], bits=6)
+    signed = qmodel.sites[site].act_signed
+    act = cj.fake_quantize(X, by_hand["act_mu"], by_hand["act_scale"], bits=6, signed=signed)
+    np.testing.assert_allclose(found, act @ weight + bias[None], rtol=1e-5, atol=1e-5)
