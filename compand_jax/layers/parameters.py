@@ -113,7 +113,8 @@ def fed_back(
     unrolling = seen.unrolled(name)
     if unrolling is None:
         return None
-    rows = unrolling.rows(jnp.asarray(kernel, jnp.float32))
+    # As seen it is on no devices: explicit shardings may not allow the reshape.
+    rows = unrolling.rows(jnp.asarray(seen.weights[name][0], jnp.float32))
     scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
     round_group = functools.partial(round_with_feedback, spec=site.spec("weight"))
     rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
