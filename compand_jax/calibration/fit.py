@@ -22,9 +22,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from compand_jax.calibration.samples import Sample, sample_from_weights
+from compand_jax.calibration.samples import sample_from_weights
 from compand_jax.calibration.search import COARSE, FEW_PRODUCTS, FINE, MU_MAX, Fit, Group, Search
-from compand_jax.core.codebooks import check_spec
+from compand_jax.core.codebooks import SMALLEST_SCALE, check_spec
 
 CALIBRATIONS = ("mse", "absmax", "percentile", "output")
 # In more products than these, mu is looked for in some of the rows, with as many as below: all of a
@@ -59,7 +59,7 @@ def fit_groups(
         else:
             found = Search(own, FINE if few else COARSE, percent).fits()
         fits |= zip(chosen, found, strict=True)
-    return [_in_units(fits[i], group.samples) for i, group in enumerate(groups)]
+    return [_in_units(fits[i], group) for i, group in enumerate(groups)]
 
 
 def _has_many(group: Group) -> bool:
@@ -90,12 +90,14 @@ def _fits_by_some_rows(groups: Sequence[Group], percent: float | None) -> list[F
     ]
 
 
-def _in_units(fit: Fit, samples: Sequence[Sample]) -> Fit:
-    """Returns a fit with scales in the units of the tensors, 1 where all values are zero."""
-    pairs = zip(fit.scales, samples, strict=True)
-    return fit._replace(
-        scales=[np.where(one.absmax > 0, scale * np.asarray(one.unit), 1) for scale, one in pairs]
-    )
+def _in_units(fit: Fit, group: Group) -> Fit:
+    """Returns a fit with scales in the units of the tensors."""
+    scales = []
+    for scale, sample, spec in zip(fit.scales, group.samples, group.specs, strict=True):
+        of_zeros = SMALLEST_SCALE if spec.midrise else 1.0
+        in_units = np.maximum(scale * np.asarray(sample.unit), SMALLEST_SCALE)
+        scales.append(np.where(sample.absmax > 0, in_units, of_zeros))
+    return fit._replace(scales=scales)
 
 
 def check_arguments(
@@ -160,7 +162,9 @@ def fit(
 
     Returns:
       mu, a float32 scalar, and scale, float32: a scalar, or with `axis` an array that broadcasts
-      to x, of size 1 along the other axes. The scale of values that are all zero is 1.
+      to x, of size 1 along the other axes. Values that do not exceed 2^-110 count as zero. The
+      scale of values that are all zero is 1, or on the midrise grid, which has no level at zero,
+      2^-110.
 
     Raises:
       TypeError: x is not floating, or traced, or `axis` is no integer or integers.

@@ -13,7 +13,8 @@ down from the largest magnitude), each bin standing for the mean of what fell in
 out, the spread within a bin, is the same for every quantizer that sends the bin to one level.
 
 All is in a unit of the tensor's own, a power of two near its largest magnitude, so that squares
-neither vanish nor overflow, whatever the magnitudes are that float32 has.
+neither vanish nor overflow, whatever the magnitudes are that float32 has. What has a scale of its
+own and does not exceed `SMALLEST_SCALE` counts as zero.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compand_jax.core._mesh import sharded_as
+from compand_jax.core.codebooks import SMALLEST_SCALE
 
 _BINS_PER_OCTAVE_LOG2 = 9
 _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -39, 1
@@ -180,12 +182,14 @@ def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
     counts = np.sum(np.asarray(data.counts, np.float64)[rows], 0)
     sums = np.sum(np.asarray(data.sums, np.float64)[rows], 0)
     unit = np.float64(data.unit)
-    absmax = max(data.maximum, -data.minimum if signed else 0) / unit
+    absmax = max(data.maximum, -data.minimum if signed else 0)
+    absmax = absmax / unit if absmax > SMALLEST_SCALE else 0.0
     edges = _bin_edges()
     used = np.flatnonzero(counts)
     # To few lengths, so that the search is compiled few times.
     padding = max(_MIN_SAMPLE, 1 << (len(used) - 1).bit_length()) - len(used)
     magnitudes = np.pad(edges[used] + sums[used] / counts[used], (padding, 0))
+    magnitudes = magnitudes if absmax > 0 else np.zeros_like(magnitudes)
     return Sample(
         jnp.asarray(magnitudes, jnp.float32)[None],
         jnp.asarray(np.pad(counts[used], (padding, 0)), jnp.float32)[None],
@@ -216,6 +220,7 @@ def sample_from_weights(
         channels = int(np.prod(magnitudes.shape[: len(scale_axes)]))
         rows.append(magnitudes.reshape(channels, -1))
     values = np.concatenate(rows, 1)
+    values[np.max(values, 1, initial=0) <= SMALLEST_SCALE] = 0
     unit = np.asarray(_unit(jnp.asarray(np.max(values, initial=0))))
     values, absmax = values / unit, np.max(values, 1, initial=0) / unit
     ones, units = np.ones((len(values), 1), np.float32), np.full_like(absmax, unit)
@@ -241,6 +246,8 @@ def sample_from_moments(
     absmax = jnp.max(jnp.abs(values), 1, initial=0.0)
     if not per_row:
         absmax = jnp.max(absmax, keepdims=True)
+    is_zero = absmax <= SMALLEST_SCALE
+    values, absmax = jnp.where(is_zero[:, None], 0, values), jnp.where(is_zero, 0, absmax)
     unit, moments = _unit(jnp.max(absmax)), jnp.asarray(moments, jnp.float32)
     # The moments' unit is of no account: it is that of errors and power alike.
     moments = moments / _unit(jnp.max(jnp.abs(moments)))

@@ -88,7 +88,8 @@ class Fit(NamedTuple):
 
     Attributes:
       mu: from 0 to 255 where it was fitted.
-      scales: [scales] of each tensor, 1 where all of its values are zero.
+      scales: [scales] of each tensor; where all of its values are zero, 1, or `SMALLEST_SCALE` on
+        a grid without a level at zero.
       errors: E/P of each tensor.
     """
 
@@ -226,7 +227,16 @@ class Search:
     def _best(
         self, batch: _Batch, mus: np.ndarray, starts: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a batch's best scales, from these [k, scales] or from any, and their errors."""
+        """Returns a batch's best scales, from these [k, scales] or from any, and their errors.
+
+        What is zero has no error, also where the grid has no zero: it is to have no say in mu.
+        """
+        scales, errors = self._best_of_grids(batch, mus, starts)
+        return scales, np.where(np.asarray(batch.sample.absmax) > 0, errors, 0)
+
+    def _best_of_grids(
+        self, batch: _Batch, mus: np.ndarray, starts: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         sample, spec = batch.sample, batch.spec
         own = jnp.asarray(mus[self._owners[batch.tensors]], jnp.float32)
         descents = 0 if self._percent is not None else _DESCENTS

@@ -25,6 +25,9 @@ from compand_jax.core._checks import check_parameters, compute_dtype
 from compand_jax.core.companding import mu_law_expand
 
 GRIDS = ("midtread", "midrise")
+# The scale of what is zero. Every level and threshold of any quantizer is then still a normal
+# float32 number: processors take smaller ones for zero. What does not exceed it counts as zero.
+SMALLEST_SCALE = 2.0**-110
 ONE_BIT_REMEDY = "grid='midrise' or signed=False"
 
 

@@ -93,10 +93,14 @@ def freeze(
     operands = list(par.quantized_operands(compand))
     sources = _sources(model, rest, call, [name for name, what in operands if what == "weight"])
     norms = _norms(qmodel, rest, call, operands) if fold_norms else {}
+    weights = [sources[name].value if what == "weight" else None for name, what in operands]
+
+    def read(compand: Mapping, weights: list) -> list:
+        pairs = zip(operands, weights, strict=True)
+        return [par.read_parameters(compand, *key, config, weight) for key, weight in pairs]
+
     # In one compiled function, as in the quantized model's: eagerly the last bit may differ.
-    parameters = jax.jit(
-        lambda compand: [par.read_parameters(compand, *key, config) for key in operands]
-    )(compand)
+    parameters = jax.jit(read)(compand, weights)
     sites: dict[str, FrozenSite] = {}
     arrays: Arrays = {kind: {} for kind in KINDS}
     for (name, operand), (mu, scale) in zip(operands, parameters, strict=True):

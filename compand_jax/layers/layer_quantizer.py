@@ -24,12 +24,21 @@ class LayerQuantizer:
       config: what to quantize and how.
       site: called with a site's name, what is static about it.
       compand: mu and scales.
+      stored: called with a site's name, its weight as it is stored, a stack of layers whole; None
+        where there is none.
 
     `visited` has the sites that came by.
     """
 
-    def __init__(self, config: QuantConfig, site: Callable[[str], Site], compand: Mapping) -> None:
+    def __init__(
+        self,
+        config: QuantConfig,
+        site: Callable[[str], Site],
+        compand: Mapping,
+        stored: Callable[[str], Array | None] = lambda site: None,
+    ) -> None:
         self._config, self._site, self._compand = config, site, compand
+        self._stored = stored
         self.visited: set[str] = set()
 
     def operands(
@@ -74,7 +83,8 @@ class LayerQuantizer:
         if operand not in site.operands():
             return x
         require_real(name, operand, x.dtype)
-        parameters = par.read_parameters(self._compand, name, operand, config)
+        weight = self._whole(name, x) if operand == "weight" else None
+        parameters = par.read_parameters(self._compand, name, operand, config, weight)
         if parameters is None:
             if operand == "act" and config.act_site == "output":  # the last layer's
                 return x
@@ -82,17 +92,23 @@ class LayerQuantizer:
                 f"`variables` must hold compand/{'/'.join(par.scale_path(name, operand))}: they "
                 f"were made without running site {name!r}; init or calibrate with this method"
             )
-        mu, scale = parameters
-        return quantize_operand(operand, x, mu, scale, site.spec(operand), config.scale_gradient)
+        (mu, scale), spec = parameters, site.spec(operand)
+        rho = par.get_leaf(self._compand, par.scale_path(name, operand))
+        return quantize_operand(operand, x, mu, scale, rho, spec, config.scale_gradient)
+
+    def _whole(self, name: str, weight: Array) -> Array:
+        """Returns all layers' weights where one layer of a stack runs: they share their scale."""
+        stored = self._stored(name)
+        return weight if stored is None or jnp.ndim(stored) <= weight.ndim else stored
 
 
 def quantize_operand(
-    operand: str, x: Array, mu: Array, scale: Array, spec: Spec, scale_gradient: str
+    operand: str, x: Array, mu: Array, scale: Array, rho: Array, spec: Spec, scale_gradient: str
 ) -> Array:
     """Returns what a layer multiplies in place of x, with the scale's gradient as configured."""
     if scale_gradient == "lsq":
-        # A weight that is only cast to differ is whole, and its scale is cast with it.
-        axes = varying_axes(x) - (varying_axes(scale) if operand == "weight" else set())
+        # A weight that is only cast to differ is whole, and its rho is cast with it.
+        axes = varying_axes(x) - (varying_axes(rho) if operand == "weight" else set())
         values = x.size * math.prod(map(jax.lax.axis_size, axes))
         scale = jnp.asarray(_scale_gradient(scale, 1 / math.sqrt(values * spec.steps)))
     return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)

@@ -145,6 +145,10 @@ class Observations:
     activations: dict[str, Histogram] = dataclasses.field(default_factory=dict)
     moments: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    def layer(self, site: str) -> Layer:
+        """Returns what was told of a site."""
+        return next(seen.layers[site] for seen in self.observers if site in seen.layers)
+
     def unrolled(self, site: str) -> Unrolling | None:
         """Returns how a site is a product with inputs whose moments are known, or None."""
         if site not in self.moments or len(self.weights[site]) != 1:

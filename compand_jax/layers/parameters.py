@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from compand_jax.calibration.error_feedback import round_with_feedback
@@ -17,6 +18,7 @@ from compand_jax.calibration.samples import (
     sample_from_moments,
     sample_from_weights,
 )
+from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observations
@@ -33,7 +35,10 @@ def observed_sites(config: QuantConfig, seen: Observations) -> dict[str, Site]:
     sites = sites_from_observers(config, seen.observers)
     if config.act_signed is None:
         for name, data in seen.activations.items():
-            sites[name] = dataclasses.replace(sites[name], act_signed=bool(data.minimum < 0))
+            signed = bool(data.minimum < -SMALLEST_SCALE)
+            if sites[name].act_bits != 1:  # of zeros alone nothing is known
+                signed |= bool(data.maximum <= SMALLEST_SCALE)
+            sites[name] = dataclasses.replace(sites[name], act_signed=signed)
     check_signs(sites)
     for name, site in sites.items():
         missed = {"weight": not seen.weights.get(name), "act": name not in seen.activations}
@@ -73,16 +78,18 @@ def fit_parameters(
     ]
     fits = fit_groups(groups, calibration=calibration, percentile=percentile)
     compand: dict = {}
-    for group, fit in zip(members.values(), fits, strict=True):
-        if (path := par.mu_path(*group[0], config)) is not None:
-            par.set_leaf(compand, path, par.theta_from_mu(fit.mu))
-        for (name, operand), scales in zip(group, fit.scales, strict=True):
-            scale = jnp.asarray(scales, jnp.float32)
-            shape = ()
+    for tensors, group, fit in zip(members.values(), groups, fits, strict=True):
+        known = [np.asarray(sample.absmax) > 0 for sample in group.samples]
+        if (path := par.mu_path(*tensors[0], config)) is not None:
+            nothing = mu is None and not any(map(np.any, known))
+            par.set_leaf(compand, path, par.theta_from_mu(config.mu_init if nothing else fit.mu))
+        for (name, operand), scales, seen_any in zip(tensors, fit.scales, known, strict=True):
+            rho, shape = par.rho_from_scale(scales), ()
             if operand == "weight":
-                shape = sites[name].scale_shape(seen.weights[name][0].shape)
-            scale = scale.reshape(shape)
-            par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
+                weight = seen.weights[name][0].shape
+                of_zeros = par.following_rho(weight, seen.layer(name).channel_axes)
+                rho, shape = jnp.where(seen_any, rho, of_zeros), sites[name].scale_shape(weight)
+            par.set_leaf(compand, par.scale_path(name, operand), rho.reshape(shape))
     return compand
 
 

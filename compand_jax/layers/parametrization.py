@@ -6,8 +6,13 @@
 so that mu stays in [0, 255] and the scale positive whatever an optimizer does, and a step is
 relative to the size of what it moves. Leaves lie under the site's module path; what sites share
 lies under `_shared`.
+
+A weight that is all zero, or a channel of one, tells nothing of the scale that it will need. Its
+rho is log(c) - 100, c being where an initializer's weights would end. So low a rho says: the scale
+is the weight's largest magnitude as long as that is below c, and c from then on.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,21 +22,27 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compand_jax.calibration.fit import MU_MAX
+from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers.config import QuantConfig
 
 SHARED = "_shared"
 _THETA_MAX = float(np.log1p(MU_MAX))
+# No rho of a scale from SMALLEST_SCALE on, log of which is -76.2, is as low as this.
+_FOLLOWS_BELOW = -80.0
+_FOLLOWS_SHIFT = 100.0
+# The largest magnitude lies inside the clip, where gradients pass.
+_JUST_ABOVE = 1 + 2.0**-20
 
 
 @jax.custom_vjp
-def mu_from_theta(theta: Float[Array, ""]) -> Float[Array, ""]:
+def mu_from_theta(theta: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns the mu of a trainable theta, mu = expm1(clip(theta, 0, log 256)).
 
     Args:
-      theta: Any number, a scalar; what an optimizer moves.
+      theta: Any numbers, of any shape; what an optimizer moves.
 
     Returns:
-      mu in [0, 255], of theta's dtype.
+      mu in [0, 255], of theta's shape and dtype.
 
     Gradient: exp(theta) between the bounds. At a bound and beyond it, it is the slope at the bound
       where a descent step leads back inside, and 0 where it leads outside. So a mu that has
@@ -74,37 +85,86 @@ def theta_from_mu(mu: Any) -> Float[Array, ""]:
 
 
 def scale_from_rho(rho: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the scale of a trainable rho, exp(rho).
+    """Returns the scale of a trainable rho, exp(rho), or 2^-110 where that is less.
 
     Args:
       rho: Any numbers, of any shape; what an optimizer moves.
 
     Returns:
-      Positive scales of rho's shape and dtype, in the units of what they clip.
+      Positive scales of rho's shape and dtype, in the units of what they clip. Of a rho that says
+      that the scale follows its weight, it is the scale of a weight that is zero.
 
-    Gradient: exp(rho).
+    Gradient: exp(rho); 0 where 2^-110 is taken.
 
     >>> float(scale_from_rho(jnp.array(0.0)))
     1.0
     """
-    return jnp.exp(rho)
+    return jnp.maximum(jnp.exp(rho), SMALLEST_SCALE)
 
 
 def rho_from_scale(scale: Any) -> Float[Array, "..."]:
     """Returns the trainable form of a scale, rho = log(scale); `scale_from_rho` is its inverse.
 
     Args:
-      scale: Positive numbers, of any shape, in the units of what they clip.
+      scale: Positive numbers, of any shape, in the units of what they clip. What is less than
+        2^-110 is taken for it.
 
     Returns:
       rho, float32, of the scale's shape.
 
-    Gradient: 1/scale.
+    Gradient: 1/scale; 0 where 2^-110 is taken.
 
     >>> float(rho_from_scale(1.0))
     0.0
     """
-    return jnp.log(jnp.asarray(scale, jnp.float32))
+    return jnp.log(jnp.maximum(jnp.asarray(scale, jnp.float32), SMALLEST_SCALE))
+
+
+def following_rho(shape: tuple[int, ...], channel_axes: tuple[int, ...]) -> float:
+    """Returns the rho of a scale that follows a weight of zeros, log(3/sqrt(n)) - 100.
+
+    n is how many inputs an output has; initializers draw weights of the deviation 1/sqrt(n).
+
+    Args:
+      shape: Of the weight.
+      channel_axes: The weight's output axes, from the end.
+    """
+    outputs = math.prod(shape[axis] for axis in channel_axes)
+    inputs = max(math.prod(shape) // max(outputs, 1), 1)
+    return math.log(3 / math.sqrt(inputs)) - _FOLLOWS_SHIFT
+
+
+def weight_scale(rho: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns the scales of a weight: exp(rho), or where it follows, what the weight asks for.
+
+        c = exp(rho)                                  for rho of -80 and more
+        c = min(exp(rho + 100), (1 + 2^-20) max|w|)   below, and 2^-110 at least
+
+    Args:
+      rho: Scalar, or of the weight's last axes, with 1 along those that share a scale.
+      weight: What is quantized, also a whole stack of layers that share their scales.
+
+    Returns:
+      Scales of rho's shape and dtype.
+
+    Gradient: in rho, the scale; 0 as long as it follows the weight. None in the weight: it is
+      straight-through there, as everywhere.
+    """
+    follows = rho < _FOLLOWS_BELOW
+    learned = scale_from_rho(jnp.where(follows, rho + _FOLLOWS_SHIFT, rho))
+    largest = _JUST_ABOVE * _largest_magnitude(jax.lax.stop_gradient(weight), rho.shape)
+    bound = jnp.where(follows, largest.astype(rho.dtype), jnp.inf)
+    return jnp.maximum(jnp.minimum(learned, bound), SMALLEST_SCALE)
+
+
+def _largest_magnitude(weight: Array, shape: tuple[int, ...]) -> Array:
+    """Returns maxima of a shape of scales; one number for all where the weight has other axes."""
+    magnitude, extra = jnp.abs(weight), weight.ndim - len(shape)
+    own = weight.shape[max(extra, 0) :]
+    if extra < 0 or any(n not in (1, size) for n, size in zip(shape, own, strict=True)):
+        return jnp.max(magnitude, initial=0.0)
+    shared = (i for i, n in enumerate(shape, extra) if n == 1)
+    return jnp.max(magnitude, (*range(extra), *shared), initial=0.0).reshape(shape)
 
 
 def mu_path(site: str, operand: str, config: QuantConfig) -> tuple[str, ...] | None:
@@ -153,9 +213,17 @@ def quantized_operands(compand: Mapping) -> Iterator[tuple[str, str]]:
 
 
 def read_parameters(
-    compand: Mapping, site: str, operand: str, config: QuantConfig
+    compand: Mapping, site: str, operand: str, config: QuantConfig, weight: Array | None = None
 ) -> tuple[Array, Array] | None:
     """Returns mu and scale of a site's operand, or None where it has no scale.
+
+    Args:
+      compand: The collection.
+      site: The site's name.
+      operand: "weight" or "act".
+      config: What the collection was made for.
+      weight: The weight, as `weight_scale` takes it; None for activations, and for a weight that
+        is not known: it is then taken for zero where its scale follows it.
 
     Raises:
       ValueError: there is a scale, but the mu that it goes with is missing.
@@ -163,13 +231,14 @@ def read_parameters(
     rho = get_leaf(compand, scale_path(site, operand))
     if rho is None:
         return None
+    scale = scale_from_rho(rho) if weight is None else weight_scale(rho, weight)
     path = mu_path(site, operand, config)
     if path is None:
-        return jnp.zeros((), jnp.float32), scale_from_rho(rho)
+        return jnp.zeros((), jnp.float32), scale
     theta = get_leaf(compand, path)
     if theta is None:
         raise ValueError(
             f"`variables` must hold compand/{'/'.join(path)} for mu_scope={config.mu_scope!r}: "
             "they were made by another config, make them with this model's init or calibrate"
         )
-    return mu_from_theta(theta), scale_from_rho(rho)
+    return mu_from_theta(theta), scale

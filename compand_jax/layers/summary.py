@@ -21,7 +21,7 @@ WEIGHT_NAMES = ("kernel", "embedding")
 
 def site_weight(params: Mapping[str, Any], name: str) -> Any:
     """Returns the weight under a site's module path in `params`; None where it has another name."""
-    module = _module(meta.unbox(params), name) or {}
+    module = meta.unbox(_module(params, name)) or {}
     return next((module[key] for key in WEIGHT_NAMES if key in module), None)
 
 

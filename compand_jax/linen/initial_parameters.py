@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observer
@@ -39,8 +40,12 @@ def initial_parameters(
                 weights = observer.values("weight", name) or [_unstacked(own, shape)]
                 absmax = [_absmax(jnp.asarray(w), site.scale_axes) for w in weights]
             scale = functools.reduce(jnp.maximum, absmax)
-            scale = jnp.where(scale > 0, scale, 1)
-            par.set_leaf(compand, par.scale_path(name, operand), par.rho_from_scale(scale))
+            of_zeros = 0.0
+            if operand == "weight":
+                axes = observer.layers[name].channel_axes
+                of_zeros = par.following_rho(observer.weight_shapes[name], axes)
+            rho = jnp.where(scale > SMALLEST_SCALE, par.rho_from_scale(scale), of_zeros)
+            par.set_leaf(compand, par.scale_path(name, operand), rho)
             if (path := par.mu_path(name, operand, config)) is not None:
                 par.set_leaf(compand, path, par.theta_from_mu(config.mu_init))
     return compand

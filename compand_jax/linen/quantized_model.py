@@ -20,7 +20,7 @@ from compand_jax.layers.layer_quantizer import LayerQuantizer
 from compand_jax.layers.observation import Observations
 from compand_jax.layers.parameters import fit_parameters, observed_sites
 from compand_jax.layers.sites import Site, check_sites, require_sites, site_from_config
-from compand_jax.layers.summary import summarize
+from compand_jax.layers.summary import site_weight, summarize
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import feed_errors_back, observe
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
@@ -81,8 +81,9 @@ class QuantizedModel:
         """Returns the model's own variables, and with them "compand", a first mu and scale each.
 
         mu is the config's `mu_init`. A scale is the largest magnitude: of the weight, or of the
-        activation on the given input. Under `jit`, values inside scan, vmap and remat cannot be
-        seen: there a weight's scale comes from `params`, and an activation's is 1.
+        activation on the given input. Zeros are treated as in `calibrate`. Under `jit`, values
+        inside scan, vmap and remat cannot be seen: there a weight's scale comes from `params`, and
+        an activation's is 1.
 
         Args:
           rngs: As the Linen module's `init`.
@@ -135,7 +136,8 @@ class QuantizedModel:
                 _warn_uncalibrated(repr(self))
         rest = {name: value for name, value in variables.items() if name != "compand"}
         runs = layers_run(self.model, rest, args, mutable, kwargs)
-        visitor = LayerQuantizer(self.config, self.site, compand)
+        stored = functools.partial(site_weight, rest.get("params", {}))
+        visitor = LayerQuantizer(self.config, self.site, compand, stored)
         with intercept_layers(self.model, visitor) as model:
             outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
         require_reached(runs, visitor.visited)
@@ -168,6 +170,12 @@ class QuantizedModel:
           "output": as "mse", but of a weight the squared error is that of its layer's output. This
             is for Dense, DenseGeneral and Conv with at most 8192 inputs to an output, outside of
             scan and vmap, that saw an input other than zero. All else is as with "mse".
+
+        What does not exceed 2^-110 counts as zero. The scale of a weight that is all zero, or of a
+        channel of one, follows it in training: it is the largest magnitude, and 2^-110 at least,
+        until that reaches 3/sqrt(n), n being the inputs of an output; from then on it is learned
+        as any other. Activations that are all zero get the scale 1 and, above one bit, a sign,
+        since nothing is known of them. Where all tensors of a mu are zero, it is `mu_init`.
 
         Args:
           variables: The model's collections. A "compand" among them is replaced.
@@ -282,7 +290,8 @@ class QuantizedModel:
         Returns:
           By site, "weight_mu", "weight_scale", "act_mu" and "act_scale", float32. mu has no unit,
           and is 0 for a uniform quantizer; a scale is in the units of what it clips. A weight or
-          an activation in full precision has no entry.
+          an activation in full precision has no entry. A scale that follows its weight is that of
+          the weight in "params", and 2^-110 where the weight is zero.
 
         Raises:
           ValueError: "compand" is missing, or was made with another config.
@@ -290,7 +299,8 @@ class QuantizedModel:
         compand = compand_of(variables)
         found: dict[str, dict[str, Array]] = {}
         for site, operand in par.quantized_operands(compand):
-            parameters = par.read_parameters(compand, site, operand, self.config)
+            own = site_weight(variables.get("params", {}), site) if operand == "weight" else None
+            parameters = par.read_parameters(compand, site, operand, self.config, own)
             assert parameters is not None
             mu, scale = parameters
             found.setdefault(site, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})

@@ -170,7 +170,7 @@ def _write(variable: Quantizer, value: Array) -> None:
 def _feed_back(layer: Any, promotion: Promotion, seen: Observations) -> None:
     """Rounds a layer's kernel with error feedback, where it is a product with known inputs."""
     name, kernel = promotion.layer.site, weight_of(layer)
-    parameters = promotion.parameters("weight")
+    parameters = promotion.parameters("weight", kernel[...])
     # Under WeightNorm, or a mask, it is not used as it is stored.
     if parameters is None or not np.array_equal(seen.weights[name][0], kernel[...]):
         return

@@ -78,20 +78,25 @@ class Promotion(nnx.Module):
         """Returns theta and rho of "weight" or "act", as the variables that hold them."""
         return getattr(self, f"{operand}_mu"), getattr(self, f"{operand}_scale")
 
-    def parameters(self, operand: str) -> tuple[Array, Array] | None:
-        """Returns mu and scale of "weight" or "act"; None in full precision."""
+    def parameters(self, operand: str, weight: Array | None = None) -> tuple[Array, Array] | None:
+        """Returns mu and scale of "weight", which is given, or "act"; None in full precision."""
         theta, rho = self.variables(operand)
         if rho is None:
             return None
         mu = jnp.zeros((), jnp.float32) if theta is None else par.mu_from_theta(theta[...])
-        return mu, par.scale_from_rho(rho[...])
+        if weight is None:
+            return mu, par.scale_from_rho(rho[...])
+        # One scale for each layer of a stack lies along its axes, in front.
+        shape = rho[...].shape + (1,) * (weight.ndim - rho[...].ndim)
+        scale = par.weight_scale(rho[...].reshape(shape), weight)
+        return mu, scale.reshape(rho[...].shape)
 
     def _quantize(self, operand: str, x: Array) -> Array:
         name = self.layer.site
         if operand not in self.site.operands():
             return x
         require_real(name, operand, x.dtype)
-        parameters = self.parameters(operand)
+        parameters = self.parameters(operand, x if operand == "weight" else None)
         if parameters is None:
             raise ValueError(
                 f"site {name!r} must have {operand}_scale, got none: it ran in another way while "
@@ -113,4 +118,6 @@ class Promotion(nnx.Module):
                 "nnx.StateAxes({(nnx.Param, compand_jax.nnx.Quantizer): 0, ...: None})"
             )
         spec = self.site.spec(operand)
-        return quantize_operand(operand, x, mu, scale, spec, self.config.scale_gradient)
+        _, rho = self.variables(operand)
+        assert rho is not None
+        return quantize_operand(operand, x, mu, scale, rho[...], spec, self.config.scale_gradient)

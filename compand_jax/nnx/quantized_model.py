@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Layer
@@ -131,10 +132,11 @@ def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
       ValueError: `model` is not quantized.
     """
     found: dict[str, dict[str, Array]] = {}
-    for _, promotion in hooked_layers(model):
+    for layer, promotion in hooked_layers(model):
         own = found.setdefault(promotion.layer.site, {})
         for operand in ("weight", "act"):
-            if (parameters := promotion.parameters(operand)) is not None:
+            weight = weight_of(layer)[...] if operand == "weight" else None
+            if (parameters := promotion.parameters(operand, weight)) is not None:
                 own[f"{operand}_mu"], own[f"{operand}_scale"] = parameters
     return found
 
@@ -210,8 +212,9 @@ def _hook(
     promotion = Promotion(layer.promote_dtype, kind, found, config, is_calibrated)
     stack = stack_shape(layer)
     for operand in found.operands():
-        scale = _largest(weight_of(layer)[...], found, stack) if operand == "weight" else 1.0
-        rho = jnp.broadcast_to(par.rho_from_scale(scale), stack + jnp.shape(scale)[len(stack) :])
+        rho = jnp.zeros(stack, jnp.float32)
+        if operand == "weight":
+            rho = _first_rho(weight_of(layer)[...], found, kind.channel_axes, stack)
         setattr(promotion, f"{operand}_scale", Scale(rho))
         path = par.mu_path(name, operand, config)
         if path is None:
@@ -225,13 +228,16 @@ def _hook(
     setattr(layer, HOOK, nnx.data(promotion))
 
 
-def _largest(weight: Array, site: Site, stack: tuple[int, ...]) -> Array:
-    """Returns the largest magnitude of each layer's weight, or of each of its channels."""
+def _first_rho(
+    weight: Array, site: Site, channel_axes: tuple[int, ...], stack: tuple[int, ...]
+) -> Array:
+    """Returns rho of the largest magnitude of each layer's weight, or of each of its channels."""
     ndim = weight.ndim - len(stack)
     axes = tuple(i for i in range(-ndim, 0) if i not in site.scale_axes)
     largest = jnp.max(jnp.abs(weight), axes, initial=0.0, keepdims=bool(site.scale_axes))
     largest = largest.astype(jnp.float32)
-    return jnp.where(largest > 0, largest, 1)
+    of_zeros = par.following_rho(weight.shape[len(stack) :], channel_axes)
+    return jnp.where(largest > SMALLEST_SCALE, par.rho_from_scale(largest), of_zeros)
 
 
 def _set_static(module: Any, name: str, value: Any) -> None:

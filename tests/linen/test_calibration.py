@@ -370,12 +370,12 @@ def test_numbers_of_other_libraries(kind):
     assert float(found["weight_scale"]) == pytest.approx(top, rel=1e-5)
 
 
-def test_all_zero_tensors_have_scale_one():
+def test_activations_of_zeros_have_scale_one_and_weights_of_zeros_next_to_none():
     variables = {"params": jax.tree.map(jnp.zeros_like, drawn(nn.Dense(3), X)["params"])}
     for calibration in ("mse", "absmax"):
         qmodel, found = calibrated(nn.Dense(3), [0 * X], variables, calibration)
         values = qmodel.quantizers(found)[""]
-        assert (float(values["weight_scale"]), float(values["act_scale"])) == (1, 1)
+        assert (float(values["weight_scale"]), float(values["act_scale"])) == (2.0**-110, 1)
         assert not np.any(qmodel.apply(found, X))
 
 

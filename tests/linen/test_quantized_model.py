@@ -96,11 +96,12 @@ def test_init_of_normalized_weights_sees_them_normalized(granularity):
 
 
 @pytest.mark.quick
-def test_init_of_zeros_has_scale_one():
+def test_init_of_zeros_has_an_activations_scale_of_one_and_a_weights_that_follows():
     model = nn.Dense(3, kernel_init=nn.initializers.zeros)
     variables = quantized(model).init(KEY, jnp.zeros((2, 4)))
     found = leaves(variables["compand"])
-    assert (found["weight_scale"], found["act_scale"]) == (0, 0)
+    assert found["act_scale"] == 0
+    assert found["weight_scale"] == pytest.approx(np.log(3 / np.sqrt(4)) - 100, abs=1e-4)
 
 
 @pytest.mark.quick
