@@ -9,8 +9,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 # Half of the time of the tests is compilation, mostly of programs that another test has as well:
-# the processes of one run compile each of them once. What it was is gone with the run.
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# the processes of one run compile each of them once. What it was is gone with the run, unless a
+# folder is given, as CI gives it: Pythons with one jaxlib have their programs in common.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="compand_jax-compiled-")
     os.environ |= {
         "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
