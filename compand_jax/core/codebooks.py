@@ -97,8 +97,9 @@ def codebook(
       grid: "midtread" (a level at zero) or "midrise" (a threshold at zero; signed only).
 
     Returns:
-      Levels and thresholds, float32, along a new last axis after the shape that mu and scale
-      broadcast to. Of levels there are 2M + 1, M + 1 (unsigned) or 2H, of thresholds one fewer.
+      Levels and thresholds, float32 (under `jax_enable_x64` float64, but where mu and scale are
+      float32), along a new last axis after the shape that mu and scale broadcast to. Of
+      levels there are 2M + 1, M + 1 (unsigned) or 2H, of thresholds one fewer.
 
     Gradient: of these formulas, in mu and in scale.
 
@@ -111,7 +112,9 @@ def codebook(
     [-3. -2. -1.  0.  1.  2.  3.] [-2.5 -1.5 -0.5  0.5  1.5  2.5]
     """
     spec = check_spec(bits, signed, grid)
-    mu, scale = check_parameters(mu, scale, dtype=compute_dtype(jnp.result_type(float)))
+    narrow = all(getattr(x, "dtype", None) == jnp.float32 for x in (mu, scale))
+    dtype = compute_dtype(jnp.result_type(jnp.float32 if narrow else float))
+    mu, scale = check_parameters(mu, scale, dtype=dtype)
     return _codebook(mu, scale, spec)
 
 

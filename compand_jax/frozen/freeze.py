@@ -113,7 +113,7 @@ def freeze(
         source = sources[name]
         arrays["codes"][name] = _packed_codes(source.value, mu, scale, spec)
         # Several scales have one table, of scale 1: a level of theirs is the same product.
-        table_scale = jnp.ones(()) if scale.ndim else scale
+        table_scale = jnp.ones((), scale.dtype) if scale.ndim else scale
         arrays["levels"][name], _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
         if scale.ndim:
             arrays["scales"][name] = scale
