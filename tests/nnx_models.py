@@ -31,7 +31,7 @@ def draw(model, seed=1):
     def number(path, leaf):
         keys = [entry.key for entry in path]
         if "promote_dtype" not in keys:
-            value = 0.35 * rng.normal(size=leaf.shape)
+            value = 0.6 * rng.normal(size=leaf.shape)
         elif keys[-1].endswith("mu"):
             value = rng.uniform(0.4, 1.4, leaf.shape)
         else:

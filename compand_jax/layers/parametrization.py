@@ -67,14 +67,14 @@ def _mu_bwd(theta: Array, cotangent: Array) -> tuple[Array]:
 mu_from_theta.defvjp(_mu_fwd, _mu_bwd)
 
 
-def theta_from_mu(mu: Any) -> Float[Array, ""]:
+def theta_from_mu(mu: Any) -> Float[Array, "..."]:
     """Returns the trainable form of mu, theta = log(1 + mu); `mu_from_theta` is its inverse.
 
     Args:
-      mu: Curvature, 0 to 255, a scalar.
+      mu: Curvature, 0 to 255, of any shape.
 
     Returns:
-      theta in [0, log 256], float32.
+      theta in [0, log 256], float32, of mu's shape.
 
     Gradient: 1/(1 + mu).
 

@@ -1,5 +1,6 @@
 """A quantized model as a table: one row per site, and what is left in full precision."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,7 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
     kernel = site_weight(params, name)
     if "weight_scale" in found:
         mu, scale = found["weight_mu"], found["weight_scale"]
-        weight[:3] = str(site.weight_bits), f"{mu:.3g}", _range(scale)
+        weight[:3] = str(site.weight_bits), _range(mu), _range(scale)
         if kernel is not None:
             spec = site.spec("weight")
             weight[3], weight[4] = (
@@ -82,18 +83,21 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
         weight[5] = str(4 * kernel.size)
     if "act_scale" in found:
         act = [
-            str(site.act_bits), f"{found['act_mu']:.3g}", _range(found["act_scale"]),
+            str(site.act_bits), _range(found["act_mu"]), _range(found["act_scale"]),
             "yes" if site.act_signed else "no",
         ]  # fmt: skip
     return (name or "(model)", *weight, *act)
 
 
 def _sqnr(kernel: Array, mu: Array, scale: Array, spec: Spec) -> str:
-    if scale.ndim:  # one of a stack's layers has fewer axes than the stack
+    if not mu.ndim and scale.ndim:  # one of a stack's layers has fewer axes than the stack
         scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)
         if any(n not in (1, size) for n, size in zip(scale.shape, kernel.shape, strict=True)):
             return "-"
-    quantized = fake_quantize(kernel, mu, scale, bits=spec.bits, grid=spec.grid)
+    quantize = functools.partial(fake_quantize, bits=spec.bits, grid=spec.grid)
+    for _ in mu.shape:  # each of a stack's layers has its own
+        quantize = jax.vmap(quantize)
+    quantized = quantize(kernel, mu, scale)
     exact, quantized = np.asarray(kernel, np.float64), np.asarray(quantized, np.float64)
     noise, power = np.sum((exact - quantized) ** 2), np.sum(exact**2)
     return f"{10 * np.log10(power / noise):.1f}" if noise and power else "inf"

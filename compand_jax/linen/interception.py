@@ -57,6 +57,7 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
 
     def interceptor(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
+        refuse_nnx(module)
         if module.scope is not None:
             trace_afresh(module.scope)
         promote = getattr(module, "promote_dtype", None)
@@ -76,3 +77,15 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
 
     with nn.intercept_methods(interceptor):
         yield bound_afresh
+
+
+def refuse_nnx(module: Any) -> None:
+    """Raises TypeError where a Linen module is an NNX module in disguise."""
+    # Flax's NNX takes long to import, for those who do not use it.
+    names = {(kind.__module__.split(".")[:2] == ["flax", "nnx"], kind.__name__)
+             for kind in type(module).__mro__}  # fmt: skip
+    if (True, "ToLinen") in names:
+        raise TypeError(
+            "`model` must be made of Linen layers, got an NNX module in nnx.bridge.ToLinen: "
+            "quantize the NNX module by compand_jax.nnx.quantize"
+        )

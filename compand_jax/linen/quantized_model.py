@@ -24,7 +24,7 @@ from compand_jax.layers.summary import site_weight, summarize
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import feed_errors_back, observe
 from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
-from compand_jax.linen.interception import intercept_layers
+from compand_jax.linen.interception import intercept_layers, refuse_nnx
 from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.reach import layers_run, require_reached
 
@@ -49,6 +49,7 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
+    refuse_nnx(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(
             f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"

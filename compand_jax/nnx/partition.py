@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from flax import nnx
 
 from compand_jax.nnx.promotion import HOOK
 
@@ -28,7 +29,6 @@ def partition_optimizer(
     Returns:
       An optax transformation, of states of NNX models.
 
-    >>> from flax import nnx
     >>> from compand_jax import QuantConfig
     >>> from compand_jax.nnx import Quantizer, quantize
     >>> tx = partition_optimizer(optax.sgd(0.1), mu=optax.adam(1e-3), scale=optax.adam(1e-3))
@@ -39,7 +39,12 @@ def partition_optimizer(
 
 
 def _label_state(state: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _label(path), state)
+    return jax.tree_util.tree_map_with_path(
+        # In a Variable's place: Flax 0.11 cannot have an optimizer's masks inside of one.
+        lambda path, _: _label(path),
+        state,
+        is_leaf=lambda x: isinstance(x, nnx.Variable),
+    )
 
 
 def _label(path: tuple) -> str:

@@ -67,6 +67,7 @@ class Promotion(nnx.Module):
     ) -> tuple[Array | None, Array]:
         """Returns the quantized operands; the activation is None where integers are looked up."""
         if activation is not None:
+            self._check_act()
             activation = self._quantize("act", activation)
         return activation, self._quantize("weight", weight)
 
@@ -91,17 +92,21 @@ class Promotion(nnx.Module):
         scale = par.weight_scale(rho[...].reshape(shape), weight)
         return mu, scale.reshape(rho[...].shape)
 
+    def _check_act(self) -> None:
+        name = self.layer.site
+        if self.site.act_bits is None and self.config.at(name).act_bits is not None:
+            raise ValueError(
+                f"site {name!r} must see activations while it is calibrated, it looked integers "
+                "up alone: calibrate again, with the method that runs it so"
+            )
+
     def _quantize(self, operand: str, x: Array) -> Array:
         name = self.layer.site
         if operand not in self.site.operands():
             return x
         require_real(name, operand, x.dtype)
         parameters = self.parameters(operand, x if operand == "weight" else None)
-        if parameters is None:
-            raise ValueError(
-                f"site {name!r} must have {operand}_scale, got none: it ran in another way while "
-                "it was calibrated; calibrate with batches that run it so"
-            )
+        assert parameters is not None
         if operand == "act" and not self.is_calibrated:
             warnings.warn(
                 f"site {name!r} is not calibrated: its activations are taken to be signed and its "

@@ -18,6 +18,7 @@ from compand_jax.layers.sites import (
     require_sites,
     site_from_config,
 )
+from compand_jax.layers.summary import summarize
 from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, unrolling_of, weight_ndim, weight_of
 from compand_jax.nnx.promotion import HOOK, Promotion
 from compand_jax.nnx.variables import Mu, Scale
@@ -137,8 +138,28 @@ def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
         for operand in ("weight", "act"):
             weight = weight_of(layer)[...] if operand == "weight" else None
             if (parameters := promotion.parameters(operand, weight)) is not None:
-                own[f"{operand}_mu"], own[f"{operand}_scale"] = parameters
+                mu, own[f"{operand}_scale"] = parameters
+                own[f"{operand}_mu"] = jnp.broadcast_to(mu, stack_shape(layer))
     return found
+
+
+def summary(model: nnx.Module) -> str:
+    """Returns a table of the sites as text, and the names of the weights not quantized.
+
+    Its rows and columns are those of `QuantizedModel.summary`. Named below the table are the
+    parameters of two axes and more that are no site's weight: what the model, or a layer of its
+    own, multiplies by itself, and the Linen modules in it.
+
+    Args:
+      model: A model that `quantize` returned.
+
+    Raises:
+      ValueError: `model` is not quantized.
+    """
+    params: dict[str, Any] = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        par.set_leaf(params, tuple(map(str, path)), leaf[...])
+    return summarize(params, quantizers(model), sites(model))
 
 
 def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:

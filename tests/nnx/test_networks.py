@@ -1,0 +1,170 @@
+"""NNX networks: attention, recurrent cells, a vision transformer, a decoder with a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from nnx_models import draw, values_of, with_gradients, with_values
+from small_models import (
+    BITS,
+    VisionTransformer,
+    assert_same,
+    normal,
+    quantize_by_hand,
+)
+
+import compand_jax as cj
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(site .*|the quantized model) is not calibrated"  # mu and scales are drawn here
+)
+CONFIG = cj.QuantConfig(weight_bits=BITS, act_bits=BITS)
+
+
+@pytest.fixture(autouse=True)
+def _flax_promotes():
+    with jax.numpy_dtype_promotion("standard"):  # norms and cells do, in bfloat16
+        yield
+
+
+class Transformer(nnx.Module):
+    """The `VisionTransformer` of Linen's tests."""
+
+    def __init__(self, rngs, dtype=None):
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        self.patches = nnx.Conv(3, 8, (4, 4), strides=(4, 4), **kwargs)
+        self.position = nnx.Param(jnp.zeros((1, 4, 8)))
+        self.LayerNorm_0 = nnx.LayerNorm(8, **kwargs)
+        self.MultiHeadDotProductAttention_0 = nnx.MultiHeadAttention(2, 8, decode=False, **kwargs)
+        self.LayerNorm_1 = nnx.LayerNorm(8, **kwargs)
+        self.Dense_0 = nnx.Linear(8, 16, **kwargs)
+        self.Dense_1 = nnx.Linear(16, 8, **kwargs)
+        self.LayerNorm_2 = nnx.LayerNorm(8, **kwargs)
+        self.Dense_2 = nnx.Linear(8, 3, **kwargs)
+
+    def __call__(self, x):
+        x = self.patches(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x + self.position[...].astype(x.dtype)
+        x = x + self.MultiHeadDotProductAttention_0(self.LayerNorm_0(x))
+        x = x + self.Dense_1(nnx.gelu(self.Dense_0(self.LayerNorm_1(x))))
+        return self.Dense_2(self.LayerNorm_2(x.mean(1)))
+
+
+def split_linens(values):
+    """Returns values of an NNX model as Linen's params and compand."""
+    params, compand = {}, {}
+    for name, leaf in values.items():
+        if name == "promote_dtype":
+            compand |= leaf
+        elif isinstance(leaf, dict):
+            params[name], inner = split_linens(leaf)
+            compand |= {name: inner} if inner else {}
+        else:
+            params[name] = leaf
+    return params, compand
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_vision_transformer_is_linens(dtype):
+    qmodel = cj.nnx.quantize(Transformer(nnx.Rngs(0), dtype), CONFIG)
+    draw(qmodel)
+    expected = cj.quantize_model(VisionTransformer(dtype), CONFIG)
+
+    def linens(values, x):
+        params, compand = split_linens(values)
+        return expected.apply({"params": params, "compand": compand}, x)
+
+    functions = [lambda values, x: with_values(qmodel, values)(x), linens]
+    x = normal(2, 8, 8, 3, dtype=dtype or jnp.float32)
+    assert len(cj.nnx.sites(qmodel)) == 8
+    if dtype:
+        y, other = (jax.jit(function)(values_of(qmodel), x) for function in functions)
+        assert_same(y, other, 2e-2)
+        return
+    (y, gradients), (other, other_gradients) = with_gradients(functions, values_of(qmodel), x)
+    assert_same(y, other, 1e-5)
+    assert_same(gradients, other_gradients, 1e-4)
+
+
+def cell_by_hand(kind, values, x):
+    """Runs a cell over time, every product of it quantized."""
+
+    def product(name, x):
+        leaves = values[name]["promote_dtype"]
+        kernel = quantize_by_hand(values[name]["kernel"], leaves, "weight")
+        y = quantize_by_hand(x, leaves, "act") @ kernel
+        return y + values[name]["bias"][None] if "bias" in values[name] else y
+
+    c = h = jnp.zeros((x.shape[0], 4))
+    outputs = []
+    for step in range(x.shape[1]):
+        now = x[:, step]
+        if kind == "lstm":
+            i, f, o = (
+                jax.nn.sigmoid(product(a, now) + product(b, h))
+                for a, b in (("ii", "hi"), ("if_", "hf"), ("io", "ho"))
+            )
+            c = f * c + i * jnp.tanh(product("ig", now) + product("hg", h))
+            h = o * jnp.tanh(c)
+        else:
+            r, z, n = jnp.split(product("dense_i", now), 3, -1)
+            hr, hz, hn = jnp.split(product("dense_h", h), 3, -1)
+            z = jax.nn.sigmoid(z + hz)
+            n = jnp.tanh(n + jax.nn.sigmoid(r + hr) * hn)
+            h = (1 - z) * n + z * h
+        outputs.append(h)
+    return jnp.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_gates_of_recurrent_cells(kind):
+    make = {"lstm": nnx.LSTMCell, "gru": nnx.GRUCell}[kind]
+    qmodel = cj.nnx.quantize(nnx.RNN(make(4, 4, rngs=nnx.Rngs(0))), CONFIG)
+    draw(qmodel)
+    values = values_of(qmodel)
+    assert len(cj.nnx.sites(qmodel)) == len(values["cell"]) == {"lstm": 8, "gru": 2}[kind]
+    functions = [
+        lambda values, x: with_values(qmodel, values)(x),
+        lambda values, x: cell_by_hand(kind, values["cell"], x),
+    ]
+    x = normal(2, 3, 4)
+    (y, gradients), (other, other_gradients) = with_gradients(functions, values, x)
+    assert_same(y, other, 5e-6)
+    assert_same(gradients, other_gradients, 5e-5)
+
+
+class Decoder(nnx.Module):
+    """Tied embedding, causal attention with a cache of keys and values."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(7, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.dense = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, ids, decode=False):
+        x, mask = self.embed(ids), None if decode else nnx.make_causal_mask(ids)
+        x = x + self.attention(x, mask=mask, decode=decode)
+        return self.embed.attend(nnx.gelu(self.dense(x)))
+
+
+def test_a_decoder_with_a_cache():
+    qmodel = cj.nnx.quantize(Decoder(nnx.Rngs(0)), CONFIG)
+    assert sorted(cj.nnx.sites(qmodel)) == [
+        *(f"attention/{name}" for name in ("key", "out", "query", "value")), "dense", "embed",
+    ]  # fmt: skip
+    draw(qmodel)
+    ids = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) % 7
+    whole = nnx.jit(lambda model, ids: model(ids))(qmodel, ids)
+    qmodel.attention.init_cache((2, 5, 8))
+    step = nnx.jit(lambda model, ids: model(ids, decode=True))
+    steps = [step(qmodel, ids[:, i : i + 1]) for i in range(5)]
+    assert_same(jnp.concatenate(steps, 1), whole, 1e-5)
+    assert int(qmodel.attention.cache_index[...]) == 5
+    cj.nnx.calibrate(qmodel, [ids], calibration="absmax")
+    assert int(qmodel.attention.cache_index[...]) == 5
+    found = cj.nnx.quantizers(qmodel)["embed"]
+    table = qmodel.embed.embedding[...]
+    table = cj.fake_quantize(table, found["weight_mu"], found["weight_scale"], bits=BITS)
+    np.testing.assert_array_equal(qmodel.embed(ids), table[ids])
