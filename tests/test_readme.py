@@ -65,6 +65,12 @@ assert again == small
 assert (frozen.apply(x) == logits).all()
 assert jnp.abs(jax.jit(qmodel.apply)(variables, x) - logits).max() < 1e-6 * logits.max()
 """,
+    "docs/nnx.md": """
+assert set(found) == {"conv", "head"} and table.endswith("weights not quantized: none")
+assert jnp.isfinite(loss) and (qmodel.conv.kernel[...] != model.conv.kernel[...]).any()
+assert jax.tree.structure(grads) == jax.tree.structure(nnx.state(qmodel, wrt))
+assert nnx.graphdef(again) == nnx.graphdef(qmodel) and (again(x) == qmodel(x)).all()
+""",
     "docs/quantizers.md": """
 assert (values == same).all() and grad_mu != 0
 assert len(levels) == 15 and len(thresholds) == 14
