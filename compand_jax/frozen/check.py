@@ -56,6 +56,15 @@ def check_model(
                     f"{wrong}with {name} of shape {own.get(name)}, not {initial.get(name)}"
                 )
 
+    try:
+        run_abstractly(model, weights, act_site, call)
+    except Exception as error:  # whatever a model of other variables raises
+        raise ValueError(f"{wrong}that does not run on its variables: {_line(error)}") from error
+
+
+def run_abstractly(model: nn.Module, weights: Weights, act_site: str, call: Call) -> None:
+    """Runs a frozen model on a call, without computing anything; raises what that raises."""
+
     def run(call: Call) -> None:
         def expanded(arrays: Arrays, inputs: list, key: Array) -> None:
             args, options = call.options(inputs, key)
@@ -63,10 +72,7 @@ def check_model(
 
         jax.eval_shape(expanded, weights.arrays, call.arrays(), jax.random.key(0))
 
-    try:
-        call.as_it_runs(run)
-    except Exception as error:  # whatever a model of other variables raises
-        raise ValueError(f"{wrong}that does not run on its variables: {_line(error)}") from error
+    call.as_it_runs(run)
 
 
 def _line(error: Exception) -> str:

@@ -203,6 +203,12 @@ class Expander:
         site = self._weights.sites.get(name, FrozenSite())
         if site.act_bits is None:
             return x
+        if x.dtype == jnp.float64:
+            raise TypeError(
+                f"activations must be of at most 32 bits in a frozen model, site {name!r} got "
+                "float64: its tables are float32, and the quantized model's would not be; cast "
+                "the inputs to float32"
+            )
         arrays = self._weights.arrays
         levels, thresholds = arrays["act_levels"][name], arrays["act_thresholds"][name]
         return nearest_level(x, levels, thresholds, site.act_signed, selections=not self._dense)

@@ -12,7 +12,8 @@ from jaxtyping import Array
 
 from compand_jax.core.codebooks import Spec, codebook
 from compand_jax.core.quantizers import quantize
-from compand_jax.frozen.check import initial_shapes
+from compand_jax.frozen.check import initial_shapes, run_abstractly
+from compand_jax.frozen.expansion import Weights
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
 from compand_jax.frozen.origins import computed_weights, find_origins, needed_variables
@@ -63,7 +64,8 @@ def freeze(
       rounding is that of other scales. Either can flip an activation's code.
 
     Raises:
-      TypeError: `qmodel` is no QuantizedModel, or its model does not take such a sample.
+      TypeError: `qmodel` is no QuantizedModel, its model does not take such a sample, or an
+        activation that is quantized is float64.
       ValueError: "compand" is missing; a weight is not finite, in float64, or differs between the
         layers of a stack that compute it from their parameters; or there is no batch norm to fold.
 
@@ -136,6 +138,8 @@ def freeze(
         initial = initial_shapes(model, call)
     except Exception:  # a model that makes nothing of the sample: it goes on with what there is
         initial = None
+    if jax.config.jax_enable_x64:  # activations of float64 are refused before anything is lost
+        run_abstractly(model, Weights(sites, arrays), config.act_site, call)
     return make_frozen(model, sites, config.act_site, Signature(call, initial), arrays)
 
 
@@ -270,7 +274,8 @@ def _check_weight(name: str, weight: Array) -> None:
     if weight.dtype.name not in WEIGHT_TYPES:
         raise ValueError(
             f"`variables` must hold weights of at most 32 bits, site {name!r} has one of "
-            f"{weight.dtype}: convert it"
+            f"{weight.dtype}: a frozen model's levels are float32, which differ from those of such "
+            "a weight; convert it to float32"
         )
     if not jnp.all(jnp.isfinite(weight)):
         raise ValueError(
