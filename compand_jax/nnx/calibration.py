@@ -18,7 +18,7 @@ from compand_jax.layers.observation import Observations, Observer
 from compand_jax.layers.parameters import fed_back, fit_parameters, observed_sites
 from compand_jax.nnx.batch_statistics import estimate_batch_stats, whole_batches
 from compand_jax.nnx.layer_kinds import weight_of
-from compand_jax.nnx.promotion import Promotion
+from compand_jax.nnx.promotion import Promotion, parameters_of, variables_of
 from compand_jax.nnx.quantized_model import hooked_layers, stack_shape
 from compand_jax.nnx.variables import Quantizer
 
@@ -153,7 +153,7 @@ def _set(
         setattr(promotion, f"{operand}_mu", nnx.data(None))
         setattr(promotion, f"{operand}_scale", nnx.data(None))
         return
-    theta_variable, rho_variable = promotion.variables(operand)
+    theta_variable, rho_variable = variables_of(promotion, operand)
     assert rho_variable is not None
     _write(rho_variable, jnp.broadcast_to(rho, stack + rho.shape))
     if theta_variable is not None:
@@ -170,7 +170,7 @@ def _write(variable: Quantizer, value: Array) -> None:
 def _feed_back(layer: Any, promotion: Promotion, seen: Observations) -> None:
     """Rounds a layer's kernel with error feedback, where it is a product with known inputs."""
     name, kernel = promotion.layer.site, weight_of(layer)
-    parameters = promotion.parameters("weight", kernel[...])
+    parameters = parameters_of(promotion, "weight", kernel[...])
     # Under WeightNorm, or a mask, it is not used as it is stored.
     if parameters is None or not np.array_equal(seen.weights[name][0], kernel[...]):
         return

@@ -31,6 +31,11 @@ def channel_axes(layer: Any) -> tuple[int, ...]:
     if isinstance(layer, nnx.LinearGeneral):
         return tuple(range(-len(layer.out_features), 0))
     if isinstance(layer, nnx.Einsum):
+        if layer.einsum_str is None:
+            raise ValueError(
+                "`model` must have the equation of each Einsum, one has einsum_str=None: give it "
+                "to the layer, not to its calls"
+            )
         return einsum_channel_axes(layer.einsum_str)
     return (-1,)
 

@@ -59,8 +59,37 @@ class Promotion(nnx.Module):
 
     def __call__(self, operands: tuple, /, **kwargs: Any) -> Any:
         """Returns what the layer's own `promote_dtype` makes of the quantized operands."""
-        visitor = self if self.visitor is None else self.visitor
+        visitor = _Quantizing(self) if self.visitor is None else self.visitor
         return self.promote(visited_operands(visitor, self.layer, operands), **kwargs)
+
+
+# Functions beside the class: Flax tabulates whatever methods a module has.
+def variables_of(promotion: Promotion, operand: str) -> tuple[Mu | None, Scale | None]:
+    """Returns theta and rho of "weight" or "act", as the variables that hold them."""
+    return getattr(promotion, f"{operand}_mu"), getattr(promotion, f"{operand}_scale")
+
+
+def parameters_of(
+    promotion: Promotion, operand: str, weight: Array | None = None
+) -> tuple[Array, Array] | None:
+    """Returns mu and scale of "weight", which is given, or "act"; None in full precision."""
+    theta, rho = variables_of(promotion, operand)
+    if rho is None:
+        return None
+    mu = jnp.zeros((), jnp.float32) if theta is None else par.mu_from_theta(theta[...])
+    if weight is None:
+        return mu, par.scale_from_rho(rho[...])
+    # One scale for each layer of a stack lies along its axes, in front.
+    shape = rho[...].shape + (1,) * (weight.ndim - rho[...].ndim)
+    scale = par.weight_scale(rho[...].reshape(shape), weight)
+    return mu, scale.reshape(rho[...].shape)
+
+
+class _Quantizing:
+    """A visitor that quantizes what a layer multiplies, by its `Promotion`."""
+
+    def __init__(self, promotion: Promotion) -> None:
+        self._own = promotion
 
     def operands(
         self, layer: Layer, activation: Array | None, weight: Array
@@ -75,46 +104,29 @@ class Promotion(nnx.Module):
         """Returns the output: a layer of NNX is not seen there."""
         return output
 
-    def variables(self, operand: str) -> tuple[Mu | None, Scale | None]:
-        """Returns theta and rho of "weight" or "act", as the variables that hold them."""
-        return getattr(self, f"{operand}_mu"), getattr(self, f"{operand}_scale")
-
-    def parameters(self, operand: str, weight: Array | None = None) -> tuple[Array, Array] | None:
-        """Returns mu and scale of "weight", which is given, or "act"; None in full precision."""
-        theta, rho = self.variables(operand)
-        if rho is None:
-            return None
-        mu = jnp.zeros((), jnp.float32) if theta is None else par.mu_from_theta(theta[...])
-        if weight is None:
-            return mu, par.scale_from_rho(rho[...])
-        # One scale for each layer of a stack lies along its axes, in front.
-        shape = rho[...].shape + (1,) * (weight.ndim - rho[...].ndim)
-        scale = par.weight_scale(rho[...].reshape(shape), weight)
-        return mu, scale.reshape(rho[...].shape)
-
     def _check_act(self) -> None:
-        name = self.layer.site
-        if self.site.act_bits is None and self.config.at(name).act_bits is not None:
+        name = self._own.layer.site
+        if self._own.site.act_bits is None and self._own.config.at(name).act_bits is not None:
             raise ValueError(
                 f"site {name!r} must see activations while it is calibrated, it looked integers "
                 "up alone: calibrate again, with the method that runs it so"
             )
 
     def _quantize(self, operand: str, x: Array) -> Array:
-        name = self.layer.site
-        if operand not in self.site.operands():
+        name = self._own.layer.site
+        if operand not in self._own.site.operands():
             return x
         require_real(name, operand, x.dtype)
-        parameters = self.parameters(operand, x if operand == "weight" else None)
+        parameters = parameters_of(self._own, operand, x if operand == "weight" else None)
         assert parameters is not None
-        if operand == "act" and not self.is_calibrated:
+        if operand == "act" and not self._own.is_calibrated:
             warnings.warn(
                 f"site {name!r} is not calibrated: its activations are taken to be signed and its "
                 "scale is what quantize set; call calibrate, or pass `sites` to quantize",
                 stacklevel=2,
             )
         mu, scale = parameters
-        shape = self.site.scale_shape(x.shape) if operand == "weight" else ()
+        shape = self._own.site.scale_shape(x.shape) if operand == "weight" else ()
         if mu.ndim or scale.shape != shape:
             raise ValueError(
                 f"site {name!r} must see the {operand}_mu and {operand}_scale of one layer, of "
@@ -122,7 +134,9 @@ class Promotion(nnx.Module):
                 "layers splits these variables as it does nnx.Param, such as "
                 "nnx.StateAxes({(nnx.Param, compand_jax.nnx.Quantizer): 0, ...: None})"
             )
-        spec = self.site.spec(operand)
-        _, rho = self.variables(operand)
+        spec = self._own.site.spec(operand)
+        _, rho = variables_of(self._own, operand)
         assert rho is not None
-        return quantize_operand(operand, x, mu, scale, rho[...], spec, self.config.scale_gradient)
+        return quantize_operand(
+            operand, x, mu, scale, rho[...], spec, self._own.config.scale_gradient
+        )

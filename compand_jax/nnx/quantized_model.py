@@ -20,7 +20,7 @@ from compand_jax.layers.sites import (
 )
 from compand_jax.layers.summary import summarize
 from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, unrolling_of, weight_ndim, weight_of
-from compand_jax.nnx.promotion import HOOK, Promotion
+from compand_jax.nnx.promotion import HOOK, Promotion, parameters_of
 from compand_jax.nnx.variables import Mu, Scale
 
 M = TypeVar("M", bound=nnx.Module)
@@ -137,7 +137,7 @@ def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
         own = found.setdefault(promotion.layer.site, {})
         for operand in ("weight", "act"):
             weight = weight_of(layer)[...] if operand == "weight" else None
-            if (parameters := promotion.parameters(operand, weight)) is not None:
+            if (parameters := parameters_of(promotion, operand, weight)) is not None:
                 mu, own[f"{operand}_scale"] = parameters
                 own[f"{operand}_mu"] = jnp.broadcast_to(mu, stack_shape(layer))
     return found

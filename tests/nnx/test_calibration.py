@@ -104,6 +104,39 @@ def test_a_stack_starts_with_the_same_mu_and_scale_and_traces_are_kept_apart():
     np.testing.assert_allclose(Stack.__call__.__wrapped__(eager, batches[0]), after, atol=1e-6)
 
 
+class Transformed(nnx.Module):
+    """A layer that a transformation of JAX or of Flax runs."""
+
+    def __init__(self, kind, rngs):
+        self.kind, self.linear = kind, nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        layer = self.linear
+        if self.kind == "vmap":
+            return jax.vmap(lambda row: layer(row[None])[0])(x)
+        if self.kind == "scan":
+            return jax.lax.scan(lambda x, _: (layer(x), None), x, length=2)[0]
+        if self.kind == "checkpoint":
+            return jax.checkpoint(lambda x: layer(x))(x)
+        return nnx.remat(lambda layer, x: layer(x))(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["vmap", "scan", "checkpoint", "remat"])
+def test_layers_are_seen_in_whatever_runs_them(kind):
+    qmodel, x = cj.nnx.quantize(Transformed(kind, nnx.Rngs(0)), cj.QuantConfig()), normal(8, 4)
+    cj.nnx.calibrate(qmodel, [x], calibration="absmax")
+    after = x @ qmodel.linear.kernel[...] if kind == "scan" else x  # what the second step sees
+    expected = max(np.max(np.abs(x)), np.max(np.abs(after)))
+    found = cj.nnx.quantizers(qmodel)["linear"]
+    np.testing.assert_allclose(found["act_scale"], expected, rtol=1e-5)
+    y = nnx.jit(lambda model, x: model(x))(qmodel, x)
+    mu, scale = found["weight_mu"], found["weight_scale"]
+    kernel = cj.fake_quantize(qmodel.linear.kernel[...], mu, scale, bits=4)
+    for _ in range(2 if kind == "scan" else 1):
+        x = cj.fake_quantize(x, found["act_mu"], found["act_scale"], bits=4) @ kernel
+    assert_same(y, x, 5e-6)
+
+
 class Branches(nnx.Module):
     """A look-up, a cache and dropout's random numbers, and a method of another name."""
 

@@ -268,6 +268,10 @@ def test_what_is_refused_is_named():
         cj.nnx.quantize(nnx.BatchNorm(3, rngs=RNGS), config())
     with pytest.raises(ValueError, match=r"`rules` must each match a site, 'head' matches none of"):
         cj.nnx.quantize(model, config(rules=(cj.Rule("head"),)))
+    einsum = nnx.Einsum("ab,bc->ac", (4, 3), rngs=RNGS)
+    einsum.einsum_str = None
+    with pytest.raises(ValueError, match="`model` must have the equation of each Einsum"):
+        cj.nnx.quantize(einsum, config())
     complex_layer = cj.nnx.quantize(
         nnx.Linear(4, 3, param_dtype=jnp.complex64, rngs=RNGS), config(act_bits=None)
     )
@@ -333,3 +337,11 @@ def test_a_quantized_model_made_in_linen():
            for name in ("Mu", "Scale")}  # fmt: skip
     assert jax.tree.structure(variables) == jax.tree.structure({"params": params, **own})
     assert_same(bridged.apply({"params": params, **own}, X), qlayer(X))
+
+
+def test_flax_tabulates_a_quantized_model():
+    qmodel = cj.nnx.quantize(Block(nnx.Rngs(0)), config())
+    table = nnx.tabulate(qmodel, X, console_kwargs={"force_terminal": False, "width": 200})
+    assert "linear" in table
+    assert "Mu" in table
+    assert "Scale" in table
