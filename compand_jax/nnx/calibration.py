@@ -1,5 +1,7 @@
 """Calibrating a quantized NNX model, in place: mu and scale from batches of data."""
 
+import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,7 +42,7 @@ def calibrate(
     It does what `QuantizedModel.calibrate` does, and finds the same numbers: see there for the
     arguments. A copy of the model in full precision runs over the batches once, in the mode (as
     `model.eval()`) that the model is in. A stack that `nnx.vmap` made is calibrated as one site:
-    its layers start with the same mu and scale.
+    its layers start with the same mu and scale. A layer that does not run keeps what it has.
 
     Args:
       model: A model that `quantize` returned.
@@ -80,6 +82,7 @@ def calibrate(
         activations=config.quantizes_activations,
         moments=error_feedback or calibration == "output",
     )
+    config = _of_what_ran(config, seen)
     found = observed_sites(config, seen)
     compand = fit_parameters(config, found, seen, calibration, percentile, mu)
     for layer, promotion in layers:
@@ -137,6 +140,13 @@ def observe(
             f"`batches` must run a quantized layer of the model's `{method}`, they ran none"
         )
     return seen
+
+
+def _of_what_ran(config: QuantConfig, seen: Observations) -> QuantConfig:
+    """Returns a config for the sites that ran: of its rules, those that match one of them."""
+    names = {name for observer in seen.observers for name in observer.layers}
+    rules = [rule for rule in config.rules if any(re.fullmatch(rule.pattern, n) for n in names)]
+    return dataclasses.replace(config, rules=tuple(rules))
 
 
 def _call(method: str, model_kwargs: Mapping[str, Any]) -> Callable[[Any, tuple], Any]:

@@ -157,7 +157,8 @@ class Branches(nnx.Module):
 
 
 def test_state_stays_as_it_was_and_what_did_not_run_is_said():
-    qmodel = cj.nnx.quantize(Branches(nnx.Rngs(0)), cj.QuantConfig())
+    rules = (cj.Rule("other", weight_bits=8), cj.Rule("tied", weight_bits=5))
+    qmodel = cj.nnx.quantize(Branches(nnx.Rngs(0)), cj.QuantConfig(rules=rules))
     others = nnx.Not(nnx.Any(nnx.Param, cj.nnx.Quantizer))
     as_numbers = lambda x: x if x.dtype != jax.random.key(0).dtype else jax.random.key_data(x)  # noqa: E731
     before = jax.tree.map(as_numbers, nnx.to_pure_dict(nnx.state(qmodel, others)))
@@ -165,6 +166,7 @@ def test_state_stays_as_it_was_and_what_did_not_run_is_said():
     cj.nnx.calibrate(qmodel, [ids], method="encode", calibration="absmax", scale=2.0)
     after = jax.tree.map(as_numbers, nnx.to_pure_dict(nnx.state(qmodel, others)))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+    assert [cj.nnx.sites(qmodel)[name].weight_bits for name in ("other", "tied")] == [8, 5]
     found = cj.nnx.quantizers(qmodel)
     assert set(found["embed"]) == {"weight_mu", "weight_scale"}  # integers are looked up
     assert set(found["tied"]) == {"weight_mu", "weight_scale", "act_mu", "act_scale"}
