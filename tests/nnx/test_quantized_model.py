@@ -127,8 +127,7 @@ def test_a_layer_on_two_paths_is_one_site_in_every_scope(mu_scope):
     assert_trained(gradients)
 
 
-@pytest.mark.parametrize("run", ["scan", "vmap"])
-@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(("run", "granularity"), [("scan", "tensor"), ("vmap", "channel")])
 def test_each_layer_of_a_stack_has_its_own(run, granularity):
     qmodel = cj.nnx.quantize(Stack(nnx.Rngs(0), run=run), config(weight_granularity=granularity))
     shape = (3, 1, 4) if granularity == "channel" else (3,)
