@@ -175,14 +175,17 @@ def test_outputs_that_are_no_arrays(tmp_path):
                 assert found == {"kind": kind, "bins": 3, "half": 0.5, "nothing": None}
 
 
-@pytest.mark.parametrize("fold_norms", [False, True])
-def test_no_tracer_is_left_behind(fold_norms, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "fold_norms"),
+    [(NormedNet(), True), (Net(nn.WeightNorm(nn.Dense(6))), False)],
+    ids=["folded norms", "computed weights"],
+)
+def test_no_tracer_is_left_behind(model, fold_norms, tmp_path):
     x = normal(*X)
-    for model in (NormedNet(),) if fold_norms else (NormedNet(), Net(nn.WeightNorm(nn.Dense(6)))):
-        qmodel = cj.quantize_model(model, CONFIG)
-        variables = drawn(qmodel, x)
-        with jax.check_tracer_leaks():
-            frozen = cj.freeze(qmodel, variables, x, fold_norms=fold_norms)
-            frozen.apply(x)
-            frozen.save(tmp_path / "model.safetensors")
-            cj.load_frozen(tmp_path / "model.safetensors", model)
+    qmodel = cj.quantize_model(model, CONFIG)
+    variables = drawn(qmodel, x)
+    with jax.check_tracer_leaks():
+        frozen = cj.freeze(qmodel, variables, x, fold_norms=fold_norms)
+        frozen.apply(x)
+        frozen.save(tmp_path / "model.safetensors")
+        cj.load_frozen(tmp_path / "model.safetensors", model)
