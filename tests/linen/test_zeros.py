@@ -337,7 +337,6 @@ def test_mu_of_zeros_is_the_first_one_unless_it_is_given():
         assert mu == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("calibration", "size"), [("mse", 0.0), ("percentile", 1e-45)])
 def test_the_fit_of_an_array_with_zeros(calibration, size):
     x = np.array(normal(40, 5))

@@ -112,7 +112,6 @@ def test_failed_cells_are_an_error_at_the_end(call, monkeypatch, tmp_path):  # n
     assert "0 of 3 cells finished, others at work on the rest; now scripts/report.py" in out
 
 
-@pytest.mark.quick
 def test_exit_status_of_the_process(tmp_path):
     script, run_dir = str(SCRIPTS / "train.py"), str(tmp_path / "run")
     command = [sys.executable, script, "--quant.weight-bits", "9", "--run-dir", run_dir]
@@ -150,7 +149,6 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.mark.quick
 def test_help_of_every_script():
     # Most of the time is the imports: one process for all of them. .ci/run starts each by itself.
     paths = [str(SCRIPTS / f"{script}.py") for script in SCRIPTS_WITH_HELP]
