@@ -27,11 +27,11 @@ from compand_jax.calibration.search import COARSE, FEW_PRODUCTS, FINE, MU_MAX, F
 from compand_jax.core.codebooks import SMALLEST_SCALE, check_spec
 
 CALIBRATIONS = ("mse", "absmax", "percentile", "output")
+_OF_ARRAYS = tuple(name for name in CALIBRATIONS if name != "output")
 # In more products than these, mu is looked for in some of the rows, with as many as below: all of a
 # layer's outputs weigh its inputs alike, and a kernel of 2048 x 2048 takes 2^33.
 _MANY_PRODUCTS = 2**30
 _ENOUGH_PRODUCTS = 2**28
-_OF_ARRAYS = tuple(name for name in CALIBRATIONS if name != "output")
 
 
 def fit_groups(
@@ -49,13 +49,14 @@ def fit_groups(
     # neither does what is found for it.
     kinds: dict[tuple[bool, bool, bool], list[int]] = {}
     for i, group in enumerate(groups):
+        held = group.mu is not None
         few = sum(sample.products for sample in group.samples) <= FEW_PRODUCTS
-        kinds.setdefault((group.mu is not None, few, _has_many(group)), []).append(i)
+        kinds.setdefault((held, few, not held and _has_many(group)), []).append(i)
     fits: dict[int, Fit] = {}
-    for (held, few, many), chosen in kinds.items():
+    for (_, few, many), chosen in kinds.items():
         own = [groups[i] for i in chosen]
-        if many and not held:
-            found = _fits_by_some_rows(own, percent)
+        if many:
+            found = _fits_by_some_rows(own)
         else:
             found = Search(own, FINE if few else COARSE, percent).fits()
         fits |= zip(chosen, found, strict=True)
@@ -67,10 +68,10 @@ def _has_many(group: Group) -> bool:
     return any(not one.counted and one.products > _MANY_PRODUCTS for one in group.samples)
 
 
-def _fits_by_some_rows(groups: Sequence[Group], percent: float | None) -> list[Fit]:
+def _fits_by_some_rows(groups: Sequence[Group]) -> list[Fit]:
     """Returns the groups' fits at the mu that is the best of some rows, or at 0 if that is better.
 
-    Scales are of all rows.
+    Scales are those of the least error in all rows.
     """
     some = [
         group._replace(
@@ -80,10 +81,10 @@ def _fits_by_some_rows(groups: Sequence[Group], percent: float | None) -> list[F
         )
         for group in groups
     ]
-    mus = [fit.mu for fit in Search(some, COARSE, percent).fits()]
-    uniform = Search([group._replace(mu=0.0) for group in groups], COARSE, percent).fits()
+    mus = [fit.mu for fit in Search(some, COARSE, None).fits()]
+    uniform = Search([group._replace(mu=0.0) for group in groups], COARSE, None).fits()
     held = [group._replace(mu=mu) for group, mu in zip(groups, mus, strict=True)]
-    companded = Search(held, COARSE, percent).fits()
+    companded = Search(held, COARSE, None).fits()
     return [
         min(pair, key=lambda fit: np.sum(fit.errors))
         for pair in zip(uniform, companded, strict=True)

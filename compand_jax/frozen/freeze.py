@@ -88,8 +88,10 @@ def freeze(
     rest = dict(flatten(tree))
 
     def run(call: Call) -> None:
-        function = lambda *given: result_arrays(call.run(model, *given))  # noqa: E731
-        jax.eval_shape(function, tree, call.arrays(), jax.random.key(0))
+        def results(*given: Any) -> list:
+            return result_arrays(call.run(model, *given))
+
+        jax.eval_shape(results, tree, call.arrays(), jax.random.key(0))
 
     call = abstract_call(model, sample, kwargs).as_it_runs(run)
     operands = list(par.quantized_operands(compand))

@@ -35,7 +35,7 @@ class LayerQuantizer:
         config: QuantConfig,
         site: Callable[[str], Site],
         compand: Mapping,
-        stored: Callable[[str], Array | None] = lambda site: None,
+        stored: Callable[[str], Array | None],
     ) -> None:
         self._config, self._site, self._compand = config, site, compand
         self._stored = stored

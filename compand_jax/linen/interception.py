@@ -81,10 +81,11 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
 
 def refuse_nnx(module: Any) -> None:
     """Raises TypeError where a Linen module is an NNX module in disguise."""
-    # Flax's NNX takes long to import, for those who do not use it.
-    names = {(kind.__module__.split(".")[:2] == ["flax", "nnx"], kind.__name__)
-             for kind in type(module).__mro__}  # fmt: skip
-    if (True, "ToLinen") in names:
+    # By name: Flax's NNX takes long to import, for those who do not use it.
+    if any(
+        kind.__name__ == "ToLinen" and kind.__module__.startswith("flax.nnx.")
+        for kind in type(module).__mro__
+    ):
         raise TypeError(
             "`model` must be made of Linen layers, got an NNX module in nnx.bridge.ToLinen: "
             "quantize the NNX module by compand_jax.nnx.quantize"

@@ -137,7 +137,8 @@ def observe(
     )
     if not any(observer.layers for observer in seen.observers):
         raise ValueError(
-            f"`batches` must run a quantized layer of the model's `{method}`, they ran none"
+            f"`batches` must run a quantized layer of the model's `{method}`, they ran none: name "
+            "the `method` that does"
         )
     return seen
 

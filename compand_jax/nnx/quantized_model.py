@@ -189,7 +189,9 @@ def stack_shape(layer: Any) -> tuple[int, ...]:
 def _check_arguments(model: Any, config: Any) -> None:
     _require_module(model)
     if not isinstance(config, QuantConfig):
-        raise TypeError(f"`config` must be a QuantConfig, got {type(config).__name__}")
+        raise TypeError(
+            f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
+        )
     if config.act_site != "input":
         raise ValueError(
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "
