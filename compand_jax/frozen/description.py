@@ -247,11 +247,13 @@ def _inflated(name: str, codes: np.ndarray, count: int) -> np.ndarray:
 
 def _check_tables(name: str, weight: FrozenWeight, arrays: Arrays) -> None:
     levels = arrays["levels"][name]
-    _require(levels.shape == (weight.levels,), f"a table of another size in site {name!r}")
+    stack = levels.shape[:-1]  # each of its layers has a table
+    own = levels.shape == (*weight.shape[: len(stack)], weight.levels)
+    _require(own, f"a table of another size in site {name!r}")
     _check_ascending(name, levels)
     # A batch norm that is folded gives each of the layer's features a scale and a shift.
     features = (math.prod(weight.scale_shape),)
-    for kind, shape in (("scales", weight.scale_shape), ("shifts", features)):
+    for kind, shape in (("scales", (*stack, *weight.scale_shape)), ("shifts", features)):
         if (x := arrays[kind].get(name)) is not None:
             _require(x.shape == shape, f"{kind} of another shape in site {name!r}")
             _check_finite(name, kind, x)
@@ -263,14 +265,15 @@ def _check_codebook(
     """Requires levels and thresholds to take turns, and to mirror each other where signed."""
     spec = check_spec(site.act_bits, site.act_signed)
     count = (1 + site.act_signed) * spec.steps + 1
-    sizes = levels.shape == (count,) and thresholds.shape == (count - 1,)
+    stack = levels.shape[:-1]
+    sizes = levels.shape == (*stack, count) and thresholds.shape == (*stack, count - 1)
     _require(sizes, f"a codebook of another size in site {name!r}")
     for table in (levels, thresholds):
         _check_ascending(name, table)
-    between = np.all(levels[:-1] <= thresholds) and np.all(thresholds <= levels[1:])
+    between = np.all(levels[..., :-1] <= thresholds) and np.all(thresholds <= levels[..., 1:])
     _require(between, f"thresholds that are not between the levels in site {name!r}")
-    mirrored = np.array_equal(levels, -levels[::-1]) if site.act_signed else levels[0] == 0
-    _require(mirrored, f"a codebook without symmetry in site {name!r}")
+    mirrored = levels == -levels[..., ::-1] if site.act_signed else levels[..., 0] == 0
+    _require(np.all(mirrored), f"a codebook without symmetry in site {name!r}")
 
 
 def _check_ascending(name: str, table: np.ndarray) -> None:

@@ -79,7 +79,7 @@ class Weights:
                 f"`site` must have a quantized weight, got {site!r} without one: its weight is "
                 "among the variables"
             )
-        packed = _after(after, self.arrays["codes"][site])
+        packed = codes_after(after, self.arrays["codes"][site])
         codes = unpack(packed, weight.bits, weight.shape)
         return self.expand(site, codes, selections=selections)
 
@@ -87,11 +87,8 @@ class Weights:
         """Returns the levels of a site's codes, or of those of one layer of a stack."""
         weight = self.sites[site].weight
         assert weight is not None
-        values = expand(codes, self.arrays["levels"][site], selections=selections)
-        if weight.scale_shape:
-            shape = (1,) * (codes.ndim - len(weight.scale_shape)) + weight.scale_shape
-            values *= self.arrays["scales"][site].reshape(shape)
-        return values.astype(weight.dtype)
+        levels, scales = self.arrays["levels"][site], self.arrays["scales"].get(site)
+        return expand_codes(weight, codes, levels, scales, selections=selections)
 
     def shifts(self) -> dict[str, Array]:
         """Returns what is added in the place of every batch norm that is folded, by its path."""
@@ -197,24 +194,65 @@ class Expander:
                 "model was frozen: freeze it with a sample that runs it so"
             )
         # A part of the leaf in scan or vmap, or the leaf in a trace of its own.
-        return self._weights.expand(name, _after(activation, from_carrier(operand)))
+        return self._weights.expand(name, codes_after(activation, from_carrier(operand)))
 
     def _quantize(self, name: str, x: Array) -> Array:
         site = self._weights.sites.get(name, FrozenSite())
         if site.act_bits is None:
             return x
-        if x.dtype == jnp.float64:
-            raise TypeError(
-                f"activations must be of at most 32 bits in a frozen model, site {name!r} got "
-                "float64: its tables are float32, and the quantized model's would not be; cast "
-                "the inputs to float32"
-            )
         arrays = self._weights.arrays
-        levels, thresholds = arrays["act_levels"][name], arrays["act_thresholds"][name]
-        return nearest_level(x, levels, thresholds, site.act_signed, selections=not self._dense)
+        tables = arrays["act_levels"][name], arrays["act_thresholds"][name]
+        return quantize_activation(name, x, tables, site.act_signed, selections=not self._dense)
 
 
-def _after(x: Array | None, codes: Array) -> Array:
+def expand_codes(
+    weight: FrozenWeight,
+    codes: Array,
+    levels: Array,
+    scales: Array | None,
+    *,
+    selections: bool = True,
+) -> Array:
+    """Returns the levels of a weight's codes, or of those of one layer of a stack.
+
+    Args:
+      weight: What is static about it.
+      codes: In the shape of the weight.
+      levels: The table.
+      scales: What its levels are multiplied with, if there is something.
+      selections: As `packing.expand`'s.
+    """
+    values = expand(codes, levels, selections=selections)
+    if scales is not None:
+        values *= scales.reshape((1,) * (codes.ndim - scales.ndim) + scales.shape)
+    return values.astype(weight.dtype)
+
+
+def quantize_activation(
+    name: str, x: Array, tables: tuple[Array, Array], signed: bool, *, selections: bool = True
+) -> Array:
+    """Returns the level of every activation of a site.
+
+    Args:
+      name: The site's.
+      x: The activations.
+      tables: Levels and thresholds.
+      signed: Whether values below zero have levels of their own.
+      selections: As `packing.expand`'s.
+
+    Raises:
+      TypeError: they are of float64.
+    """
+    if x.dtype == jnp.float64:
+        raise TypeError(
+            f"activations must be of at most 32 bits in a frozen model, site {name!r} got "
+            "float64: its tables are float32, and the quantized model's would not be; cast "
+            "the inputs to float32"
+        )
+    return nearest_level(x, *tables, signed, selections=selections)
+
+
+def codes_after(x: Array | None, codes: Array) -> Array:
     """Returns the codes, at hand only when x is: or XLA expands all layers before the first.
 
     Its own means, `optimization_barrier`, is gone when the CPU backend orders operations. So the

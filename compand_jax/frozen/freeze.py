@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from compand_jax.core.codebooks import Spec, codebook
-from compand_jax.core.quantizers import quantize
 from compand_jax.frozen.check import initial_shapes, run_abstractly
+from compand_jax.frozen.codes import act_tables, check_weight, pack_weight
 from compand_jax.frozen.expansion import Weights
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
 from compand_jax.frozen.origins import computed_weights, find_origins, needed_variables
-from compand_jax.frozen.packing import pack
 from compand_jax.frozen.sample import Call, Signature, abstract_call, result_arrays
 from compand_jax.frozen.tree import (
     KINDS,
@@ -110,17 +108,13 @@ def freeze(
     for (name, operand), (mu, scale) in zip(operands, parameters, strict=True):
         found, spec = sites.get(name, FrozenSite()), qmodel.site(name).spec(operand)
         if operand == "act":
-            table = codebook(mu, scale, bits=spec.bits, signed=spec.signed)
-            arrays["act_levels"][name], arrays["act_thresholds"][name] = table
+            for kind, x in act_tables(mu, scale, spec).items():
+                arrays[kind][name] = x
             sites[name] = dataclasses.replace(found, act_bits=spec.bits, act_signed=spec.signed)
             continue
         source = sources[name]
-        arrays["codes"][name] = _packed_codes(source.value, mu, scale, spec)
-        # Several scales have one table, of scale 1: a level of theirs is the same product.
-        table_scale = jnp.ones((), scale.dtype) if scale.ndim else scale
-        arrays["levels"][name], _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
-        if scale.ndim:
-            arrays["scales"][name] = scale
+        for kind, x in pack_weight(source.value, mu, scale, spec).items():
+            arrays[kind][name] = x
         own = None if source.leaf is None else rest.pop(source.leaf)
         computed = own if source.computed else None
         weight = FrozenWeight(
@@ -192,7 +186,7 @@ def _sources(
     found = {}
     for name, leaf in leaves.items():
         value = jnp.asarray(variables[leaf]) if leaf is not None else values[name]
-        _check_weight(name, value)
+        check_weight(name, value)
         if leaf is None:
             own = _own(variables, name)
             if own is not None and (
@@ -270,25 +264,3 @@ def _fold(
             rest[path] = (np.asarray(rest[path], np.float64) * factor).astype(np.float32)
         weight = dataclasses.replace(weight, scale_shape=tuple(shape), norm=norm.name)
         sites[name] = dataclasses.replace(sites[name], weight=weight)
-
-
-def _check_weight(name: str, weight: Array) -> None:
-    if weight.dtype.name not in WEIGHT_TYPES:
-        raise ValueError(
-            f"`variables` must hold weights of at most 32 bits, site {name!r} has one of "
-            f"{weight.dtype}: a frozen model's levels are float32, which differ from those of such "
-            "a weight; convert it to float32"
-        )
-    if not jnp.all(jnp.isfinite(weight)):
-        raise ValueError(
-            f"`variables` must be finite, the weight of site {name!r} is not: give those from "
-            "before training diverged"
-        )
-
-
-def _packed_codes(weight: Array, mu: Array, scale: Array, spec: Spec) -> Array:
-    """Returns the packed indices of a weight's levels in the ascending table."""
-    stacked = weight.ndim - scale.ndim if scale.ndim else 0  # scan and vmap stack in front
-    scale = scale.reshape((1,) * stacked + scale.shape)
-    codes = quantize(weight, mu, scale, bits=spec.bits, grid=spec.grid)
-    return pack((codes.astype(jnp.int32) + spec.steps).astype(jnp.uint8), spec.bits)

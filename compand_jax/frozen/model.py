@@ -12,17 +12,15 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jaxtyping import Array
 
+from compand_jax.frozen.calls import Ways, call_arguments, call_compiled, call_results
 from compand_jax.frozen.check import check_model
 from compand_jax.frozen.description import from_file, to_file
 from compand_jax.frozen.expansion import Weights, run_expanded
 from compand_jax.frozen.file import read_sealed, write_sealed, wrong_file
 from compand_jax.frozen.identity import Fixed
-from compand_jax.frozen.sample import Call, Signature, abstract_call, is_array
+from compand_jax.frozen.sample import Call, Signature, abstract_call
 from compand_jax.frozen.summary import summarize_frozen
 from compand_jax.frozen.tree import Arrays, FrozenSite, flatten, join_path, split_path
-
-_TRACED, _CONSTANT, _NOT_COMPILED = range(3)
-"""How a call runs: its Python floats traced, its Python floats constants, or not compiled."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,35 +68,11 @@ class FrozenModel:
           ValueError: a layer computes its weight from its parameters, and did not run so when the
             model was frozen; or a layer that the model runs was not reached.
         """
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        ways = self._static.ways
-        known = ways.get(_call_key(leaves, structure), _TRACED) if ways else _TRACED
-        way = known
-        while True:
-            try:
-                output = self._run(leaves, structure, way)
-            except _ObjectError:
-                way = _NOT_COMPILED
-            except Exception:
-                if way != _TRACED or float not in map(type, leaves):
-                    raise
-                way = _CONSTANT
-            else:
-                if way != known:
-                    ways[_call_key(leaves, structure)] = way
-                return output
+        compiled = functools.partial(_run, self)
+        return call_compiled(compiled, self._run, self._static.ways, args, kwargs)
 
-    def _run(self, leaves: list, structure: Any, way: int) -> Any:
-        if way == _NOT_COMPILED:
-            args, kwargs = jax.tree.unflatten(structure, leaves)
-            return run_expanded(self.model, self._weights, self.act_site, args, kwargs)
-        traced = [is_array(x) or (way == _TRACED and type(x) is float) for x in leaves]
-        static = tuple(None if t else Fixed(x) for x, t in zip(leaves, traced, strict=True))
-        arrays = [x for x, t in zip(leaves, traced, strict=True) if t]
-        output = _run(self, arrays, structure, static)
-        return jax.tree.map(
-            lambda x: x.value if isinstance(x, _Constant) else x, output, is_leaf=_is_constant
-        )
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return run_expanded(self.model, self._weights, self.act_site, args, kwargs)
 
     def with_state(self, state: Mapping[str, Any]) -> "FrozenModel":
         """Returns this model with these collections in place of its own, such as a cache.
@@ -202,7 +176,7 @@ class _Static(Fixed):
 
     def __init__(self, value: tuple) -> None:
         super().__init__(value)
-        self.ways: dict[Any, int] = {}
+        self.ways = Ways()
 
 
 def _flatten(frozen: FrozenModel) -> tuple[tuple, _Static]:
@@ -220,46 +194,8 @@ jax.tree_util.register_pytree_with_keys(FrozenModel, _flatten, _unflatten)
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _run(frozen: FrozenModel, traced: list, structure: Any, static: tuple) -> Any:
-    arrays = iter(traced)
-    leaves = [next(arrays) if fixed is None else fixed.value for fixed in static]
-    args, kwargs = jax.tree.unflatten(structure, leaves)
-    output = run_expanded(frozen.model, frozen._weights, frozen.act_site, args, kwargs)
-    return jax.tree.map(_result, output)
-
-
-@jax.tree_util.register_static
-class _Constant:
-    """What a model returns and is no array: text, a number."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _is_constant(x: Any) -> bool:
-    return isinstance(x, _Constant)
-
-
-class _ObjectError(Exception):
-    """The model returns an object, which may hold arrays of the trace."""
-
-
-def _result(x: Any) -> Any:
-    if is_array(x):
-        return x
-    if isinstance(x, str | bytes | bool | int | float | complex | type):
-        return _Constant(x)
-    raise _ObjectError
-
-
-def _call_key(leaves: list, structure: Any) -> tuple:
-    """Returns what tells a call from one that may have to run in another way."""
-
-    def key(x: Any) -> Any:
-        if is_array(x):
-            return x.shape, x.dtype
-        return float if type(x) is float else Fixed(x)
-
-    return structure, tuple(map(key, leaves))
+    args, kwargs = call_arguments(traced, structure, static)
+    return call_results(frozen._run(*args, **kwargs))
 
 
 def make_frozen(

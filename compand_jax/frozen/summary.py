@@ -14,6 +14,7 @@ from compand_jax.layers.summary import align
 
 _HEADER = ("site", "shape", "bits", "packed bytes", "table bytes", "entropy bits", "ideal bytes",
            "float32 bytes", "ratio")  # fmt: skip
+_TABLES = ("levels", "scales")
 
 
 def entropy(codes: UInt8[np.ndarray, "..."]) -> float:
@@ -40,7 +41,7 @@ def summarize_frozen(sites: Mapping[str, FrozenSite], arrays: Arrays) -> str:
         packed = host["codes"][name]
         bits = entropy(np.asarray(unpack(jnp.asarray(packed), weight.bits, weight.shape)))
         count = math.prod(weight.shape)
-        tables = host["levels"][name].nbytes + (4 * math.prod(weight.scale_shape or (0,)))
+        tables = sum(host[kind][name].nbytes for kind in _TABLES if name in host[kind])
         sizes = packed.nbytes, tables, math.ceil(count * bits / 8), 4 * count
         totals += sizes
         shape = "x".join(map(str, weight.shape))

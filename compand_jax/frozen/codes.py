@@ -1,0 +1,50 @@
+"""From a weight or activations with their mu and scale to packed codes and tables."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from compand_jax.core.codebooks import Spec, codebook
+from compand_jax.core.quantizers import quantize
+from compand_jax.frozen.packing import pack
+from compand_jax.frozen.tree import WEIGHT_TYPES
+
+
+def check_weight(name: str, weight: Array) -> None:
+    """Raises ValueError where a site's weight cannot be frozen."""
+    if weight.dtype.name not in WEIGHT_TYPES:
+        raise ValueError(
+            f"`variables` must hold weights of at most 32 bits, site {name!r} has one of "
+            f"{weight.dtype}: a frozen model's levels are float32, which differ from those of such "
+            "a weight; convert it to float32"
+        )
+    if not jnp.all(jnp.isfinite(weight)):
+        raise ValueError(
+            f"`variables` must be finite, the weight of site {name!r} is not: give those from "
+            "before training diverged"
+        )
+
+
+def pack_weight(weight: Array, mu: Array, scale: Array, spec: Spec) -> dict[str, Array]:
+    """Returns a weight's "codes", its "levels", and its "scales" where it has several.
+
+    Args:
+      weight: As the layer multiplies it, or a stack of such.
+      mu: A scalar.
+      scale: A scalar, or of the weight's rank, without a stack's axes.
+      spec: Of its levels.
+    """
+    stacked = weight.ndim - scale.ndim if scale.ndim else 0  # scan and vmap stack in front
+    own = scale.reshape((1,) * stacked + scale.shape)
+    codes = quantize(weight, mu, own, bits=spec.bits, grid=spec.grid)
+    # Several scales have one table, of scale 1: a level of theirs is the same product.
+    table_scale = jnp.ones((), scale.dtype) if scale.ndim else scale
+    levels, _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
+    indices = (codes.astype(jnp.int32) + spec.steps).astype(jnp.uint8)  # in the ascending table
+    packed = {"codes": pack(indices, spec.bits), "levels": levels}
+    return packed | {"scales": scale} if scale.ndim else packed
+
+
+def act_tables(mu: Array, scale: Array, spec: Spec) -> dict[str, Array]:
+    """Returns the "act_levels" and "act_thresholds" of activations."""
+    levels, thresholds = codebook(mu, scale, bits=spec.bits, signed=spec.signed)
+    return {"act_levels": levels, "act_thresholds": thresholds}
