@@ -9,7 +9,8 @@ with differences of the sums: a binary search for each threshold, however many v
 float64, where the differences are exact to 1e-16 of the power.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -59,21 +60,9 @@ def _best_scale(
     spec: Spec,
     descents: int,
 ) -> tuple[float, float]:
-    levels, thresholds = (_expand(y, mu) for y in positions(spec))
+    table = tuple(_expand(y, mu) for y in positions(spec))
     side = "left" if spec.midrise else "right"  # at a tie: the outer level, or the inner one
-
-    def attempt(scale: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        bounds = np.searchsorted(magnitudes, scale[..., None] * thresholds, side)
-        ends = np.zeros_like(bounds[..., :1])
-        bounds = np.concatenate([ends, bounds, ends + len(magnitudes)], -1)
-        count, first, second = np.diff(sums[:, bounds])
-        level = scale[..., None] * levels
-        power = np.sum(level**2 * count, -1)
-        gain = np.sum(level * first, -1) - power
-        error = np.maximum(np.sum(second, -1) - 2 * gain - power, 0)
-        step = np.where(power > 0, gain / np.where(power > 0, power, 1), 0)
-        return error, scale * np.maximum(1 + step, 0.5), error - step * gain
-
+    attempt = functools.partial(_attempt, magnitudes, sums, table, side)
     errors, onward, bounds = attempt(starts)
     scales = _pick(starts, errors)
     onward, errors = _pick(onward, bounds), errors.min(1)
@@ -83,6 +72,30 @@ def _best_scale(
         errors, onward = np.minimum(new, errors), further
     best = errors.argmin()
     return scales[best], errors[best]
+
+
+def _attempt(
+    magnitudes: np.ndarray,
+    sums: np.ndarray,
+    table: tuple[np.ndarray, ...],
+    side: Literal["left", "right"],
+    scale: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of scales the errors, those one step on, and bounds of their errors.
+
+    The step goes to where the error of a tensor whose values keep their codes is least.
+    """
+    levels, thresholds = table
+    bounds = np.searchsorted(magnitudes, scale[..., None] * thresholds, side)
+    ends = np.zeros_like(bounds[..., :1])
+    bounds = np.concatenate([ends, bounds, ends + len(magnitudes)], -1)
+    count, first, second = np.diff(sums[:, bounds])
+    level = scale[..., None] * levels
+    power = np.sum(level**2 * count, -1)
+    gain = np.sum(level * first, -1) - power
+    error = np.maximum(np.sum(second, -1) - 2 * gain - power, 0)
+    step = np.where(power > 0, gain / np.where(power > 0, power, 1), 0)
+    return error, scale * np.maximum(1 + step, 0.5), error - step * gain
 
 
 def _expand(y: np.ndarray, mu: float) -> np.ndarray:

@@ -199,17 +199,13 @@ class Search:
 
     def _choose(self, states: Sequence[_State], winners: np.ndarray) -> _State:
         """Returns, for each group, the state of its winner."""
-
-        def choose(arrays: Sequence[np.ndarray], winners: np.ndarray) -> np.ndarray:
-            return np.take_along_axis(np.stack(arrays), winners[None], 0)[0]
-
         of_scales = [winners[self._owners[tensors]] for tensors in self._tensors]
         mus, totals, scales, errors = zip(*states, strict=True)
         return _State(
-            choose(mus, winners),
-            choose(totals, winners),
-            [choose(*pair) for pair in zip(zip(*scales, strict=True), of_scales, strict=True)],
-            [choose(*pair) for pair in zip(zip(*errors, strict=True), of_scales, strict=True)],
+            _take(mus, winners),
+            _take(totals, winners),
+            [_take(*pair) for pair in zip(zip(*scales, strict=True), of_scales, strict=True)],
+            [_take(*pair) for pair in zip(zip(*errors, strict=True), of_scales, strict=True)],
         )
 
     def _at(
@@ -254,8 +250,8 @@ class Search:
             )
         found = [best_scales(sample, own, grid, spec, descents) for grid in grids]
         scales, errors = (np.stack(arrays) for arrays in zip(*jax.device_get(found), strict=True))
-        winner = errors.argmin(0)[None]
-        return np.take_along_axis(scales, winner, 0)[0], np.take_along_axis(errors, winner, 0)[0]
+        winner = errors.argmin(0)
+        return _take(scales, winner), _take(errors, winner)
 
     def _with_powers(self, batches: list[_Batch]) -> _Data:
         powers = self._per_tensor([power(batch.sample) for batch in batches])
@@ -267,6 +263,11 @@ class Search:
         for tensors, value in zip(self._tensors, values, strict=True):
             np.add.at(sums, tensors, np.asarray(value, np.float64))
         return sums
+
+
+def _take(arrays: Sequence[np.ndarray] | np.ndarray, winners: np.ndarray) -> np.ndarray:
+    """Returns, at each place, the value of the array that is its winner."""
+    return np.take_along_axis(np.stack(arrays), winners[None], 0)[0]
 
 
 def _thinned(batch: _Batch, values: int) -> _Batch:
