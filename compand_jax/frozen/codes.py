@@ -1,5 +1,6 @@
 """From a weight or activations with their mu and scale to packed codes and tables."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -7,6 +8,7 @@ from compand_jax.core.codebooks import Spec, codebook
 from compand_jax.core.quantizers import quantize
 from compand_jax.frozen.packing import pack
 from compand_jax.frozen.tree import WEIGHT_TYPES
+from compand_jax.layers.standardization import moments
 
 
 def check_weight(name: str, weight: Array) -> None:
@@ -24,7 +26,9 @@ def check_weight(name: str, weight: Array) -> None:
         )
 
 
-def pack_weight(weight: Array, mu: Array, scale: Array, spec: Spec) -> dict[str, Array]:
+def pack_weight(
+    weight: Array, mu: Array, scale: Array, spec: Spec, standardized: bool = False
+) -> dict[str, Array]:
     """Returns a weight's "codes", its "levels", and its "scales" where it has several.
 
     Args:
@@ -32,16 +36,27 @@ def pack_weight(weight: Array, mu: Array, scale: Array, spec: Spec) -> dict[str,
       mu: A scalar.
       scale: A scalar, or of the weight's rank, without a stack's axes.
       spec: Of its levels.
+      standardized: Whether the levels lie around the weight's mean, not around zero.
     """
+    mean = _mean(weight) if standardized else None
+    if mean is not None:
+        weight = weight.astype(mean.dtype) - mean
     stacked = weight.ndim - scale.ndim if scale.ndim else 0  # scan and vmap stack in front
     own = scale.reshape((1,) * stacked + scale.shape)
     codes = quantize(weight, mu, own, bits=spec.bits, grid=spec.grid)
     # Several scales have one table, of scale 1: a level of theirs is the same product.
     table_scale = jnp.ones((), scale.dtype) if scale.ndim else scale
     levels, _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
+    if mean is not None:
+        levels = levels + mean
     indices = (codes.astype(jnp.int32) + spec.steps).astype(jnp.uint8)  # in the ascending table
     packed = {"codes": pack(indices, spec.bits), "levels": levels}
     return packed | {"scales": scale} if scale.ndim else packed
+
+
+@jax.jit
+def _mean(weight: Array) -> Array:
+    return moments(weight)[0]
 
 
 def act_tables(mu: Array, scale: Array, spec: Spec) -> dict[str, Array]:

@@ -113,7 +113,8 @@ def freeze(
             sites[name] = dataclasses.replace(found, act_bits=spec.bits, act_signed=spec.signed)
             continue
         source = sources[name]
-        for kind, x in pack_weight(source.value, mu, scale, spec).items():
+        standardized = qmodel.site(name).weight_standardization
+        for kind, x in pack_weight(source.value, mu, scale, spec, standardized).items():
             arrays[kind][name] = x
         own = None if source.leaf is None else rest.pop(source.leaf)
         computed = own if source.computed else None

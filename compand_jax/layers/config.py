@@ -15,7 +15,7 @@ MU_SCOPES = ("single", "separate", "per_layer")
 QUANTIZERS = ("mu_law", "uniform")
 GRANULARITIES = ("tensor", "channel")
 ACT_SITES = ("input", "output")
-SCALE_GRADIENTS = ("plain", "lsq")
+GRADIENTS = ("plain", "lsq")
 
 INHERIT = "inherit"
 Inherit = Literal["inherit"]
@@ -43,6 +43,13 @@ def check_acts(bits: Any, signed: bool | None) -> None:
         _named("act_bits", "act_signed=False", check_spec, bits, bool(signed), "midtread")
 
 
+def _check_standardization(value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"`weight_standardization` must be True or False, got {value!r}: choose one"
+        )
+
+
 def _named(name: str, remedy: str, check: Any, *arguments: Any) -> None:
     try:
         check(*arguments)
@@ -66,6 +73,7 @@ class Rule:
       quantizer: "mu_law" or "uniform".
       grid: The weights' grid, "midtread" or "midrise".
       weight_granularity: "tensor" or "channel".
+      weight_standardization: True or False.
 
     Raises:
       ValueError: a field is out of its range, or the pattern is no regular expression.
@@ -80,6 +88,7 @@ class Rule:
     quantizer: str = INHERIT
     grid: str = INHERIT
     weight_granularity: str = INHERIT
+    weight_standardization: bool | Inherit = INHERIT
 
     def __post_init__(self) -> None:
         try:
@@ -94,6 +103,8 @@ class Rule:
             ("weight_granularity", GRANULARITIES),
         ):
             require_choice(name, getattr(self, name), (INHERIT, *choices))
+        if self.weight_standardization != INHERIT:
+            _check_standardization(self.weight_standardization)
         # The grid that a rule's bits go with may be the config's, which checks them together.
         if self.weight_bits != INHERIT:
             check_weights(self.weight_bits, "midrise" if self.grid == INHERIT else self.grid)
@@ -123,6 +134,12 @@ class QuantConfig:
         1/sqrt(n M), with the tensor's size n and the M of its grid (Esser et al., "Learned step
         size quantization", ICLR 2020, section 2.2). n counts all devices, except where JAX does
         not track what differs between them (`jax.pmap`, `check_vma=False`).
+      mu_gradient: "plain" or "lsq", likewise of every mu.
+      weight_standardization: Whether a weight is quantized in units of its own standard deviation,
+        m + s Q((w - m)/s), with the mean m and the deviation s of each layer's weight, which carry
+        gradients. Its scale then counts standard deviations. It takes one scale to a weight. As
+        APoT, LCQ and nuLSQ do it, but that they leave out the mean, which a network that was
+        trained with it cannot spare.
       mu_init: The mu that `init` sets, 0 to 255. Calibration replaces it.
       rules: Exceptions by site name. The first `Rule` that matches wins.
 
@@ -142,6 +159,8 @@ class QuantConfig:
     act_site: str = "input"
     act_signed: bool | None = None
     scale_gradient: str = "plain"
+    mu_gradient: str = "plain"
+    weight_standardization: bool = False
     mu_init: float = 2.0
     rules: tuple[Rule, ...] = ()
 
@@ -151,11 +170,18 @@ class QuantConfig:
             ("quantizer", QUANTIZERS),
             ("weight_granularity", GRANULARITIES),
             ("act_site", ACT_SITES),
-            ("scale_gradient", SCALE_GRADIENTS),
+            ("scale_gradient", GRADIENTS),
+            ("mu_gradient", GRADIENTS),
         ):
             require_choice(name, getattr(self, name), choices)
         check_weights(self.weight_bits, self.grid)
         check_acts(self.act_bits, self.act_signed)
+        _check_standardization(self.weight_standardization)
+        if self.weight_standardization and self.weight_granularity != "tensor":
+            raise ValueError(
+                "`weight_standardization` must go with weight_granularity='tensor', got "
+                f"{self.weight_granularity!r}: it has one mean and deviation to a weight"
+            )
         if not isinstance(self.mu_init, numbers.Real) or not 0 <= self.mu_init <= 255:
             raise ValueError(
                 f"`mu_init` must be from 0 to 255, got {self.mu_init!r}: 0 has uniform levels"

@@ -15,6 +15,7 @@ from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.sites import Site, require_real
+from compand_jax.layers.standardization import in_weights_units, moments
 
 
 class LayerQuantizer:
@@ -83,7 +84,8 @@ class LayerQuantizer:
         if operand not in site.operands():
             return x
         require_real(name, operand, x.dtype)
-        weight = self._whole(name, x) if operand == "weight" else None
+        standardized = operand == "weight" and site.weight_standardization
+        weight = self._whole(name, x) if operand == "weight" and not standardized else None
         parameters = par.read_parameters(self._compand, name, operand, config, weight)
         if parameters is None:
             if operand == "act" and config.act_site == "output":  # the last layer's
@@ -94,7 +96,10 @@ class LayerQuantizer:
             )
         (mu, scale), spec = parameters, site.spec(operand)
         rho = par.get_leaf(self._compand, par.scale_path(name, operand))
-        return quantize_operand(operand, x, mu, scale, rho, spec, config.scale_gradient)
+        if standardized:
+            whole = self._whole(name, x)
+            return quantize_standardized(x, whole, mu, scale, rho, spec, config)
+        return quantize_operand(operand, x, mu, scale, rho, spec, config)
 
     def _whole(self, name: str, weight: Array) -> Array:
         """Returns all layers' weights where one layer of a stack runs: they share their scale."""
@@ -103,15 +108,57 @@ class LayerQuantizer:
 
 
 def quantize_operand(
-    operand: str, x: Array, mu: Array, scale: Array, rho: Array, spec: Spec, scale_gradient: str
+    operand: str, x: Array, mu: Array, scale: Array, rho: Array, spec: Spec, config: QuantConfig
 ) -> Array:
-    """Returns what a layer multiplies in place of x, with the scale's gradient as configured."""
-    if scale_gradient == "lsq":
-        # A weight that is only cast to differ is whole, and its rho is cast with it.
-        axes = varying_axes(x) - (varying_axes(rho) if operand == "weight" else set())
-        values = x.size * math.prod(map(jax.lax.axis_size, axes))
-        scale = jnp.asarray(_scale_gradient(scale, 1 / math.sqrt(values * spec.steps)))
+    """Returns what a layer multiplies in place of x, with mu's and the scale's gradients as set."""
+    mu, scale = _with_gradients(operand, x, mu, scale, rho, spec, config)
     return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
+
+
+def quantize_standardized(
+    x: Array, whole: Array, mu: Array, scale: Array, rho: Array, spec: Spec, config: QuantConfig
+) -> Array:
+    """Returns m + Q(x - m), the clip being s times the scale: `standardization`'s Q_s.
+
+    Args:
+      x: The weight, floating.
+      whole: What m and s are of: x, or the stack of layers that it is one of.
+      mu: Scalar.
+      scale: Scalar, in standard deviations.
+      rho: What the scale is made of.
+      spec: The quantizer.
+      config: As `quantize_operand`'s.
+
+    Gradient: straight-through, and the chain rule's through m and s.
+    """
+    mu, scale = _with_gradients("weight", x, mu, scale, rho, spec, config)
+    mean, deviation = moments(whole)
+    quantized = fake_quantize(
+        x.astype(mean.dtype) - mean,
+        mu,
+        in_weights_units(scale, deviation),
+        bits=spec.bits,
+        signed=spec.signed,
+        grid=spec.grid,
+    )
+    return (mean + quantized).astype(x.dtype)
+
+
+def _with_gradients(
+    operand: str, x: Array, mu: Array, scale: Array, rho: Array, spec: Spec, config: QuantConfig
+) -> tuple[Array, Array]:
+    """Returns mu and the scale, whose gradients are multiplied by 1/sqrt(n M) where configured."""
+    if "lsq" not in (config.mu_gradient, config.scale_gradient):
+        return mu, scale
+    # A weight that is only cast to differ is whole, and its rho is cast with it.
+    axes = varying_axes(x) - (varying_axes(rho) if operand == "weight" else set())
+    values = x.size * math.prod(map(jax.lax.axis_size, axes))
+    factor = 1 / math.sqrt(values * spec.steps)
+    if config.mu_gradient == "lsq":
+        mu = jnp.asarray(_scale_gradient(mu, factor))
+    if config.scale_gradient == "lsq":
+        scale = jnp.asarray(_scale_gradient(scale, factor))
+    return mu, scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observations
 from compand_jax.layers.sites import Site, check_signs, sites_from_observers
+from compand_jax.layers.standardization import DEVIATIONS, moments
 
 
 def observed_sites(config: QuantConfig, seen: Observations) -> dict[str, Site]:
@@ -87,19 +89,40 @@ def fit_parameters(
             rho, shape = par.rho_from_scale(scales), ()
             if operand == "weight":
                 weight = seen.weights[name][0].shape
-                of_zeros = par.following_rho(weight, seen.layer(name).channel_axes)
+                of_zeros = first_rho(sites[name], weight, seen.layer(name).channel_axes)
                 rho, shape = jnp.where(seen_any, rho, of_zeros), sites[name].scale_shape(weight)
             par.set_leaf(compand, par.scale_path(name, operand), rho.reshape(shape))
     return compand
 
 
+def first_rho(site: Site, shape: tuple[int, ...], channel_axes: tuple[int, ...]) -> float:
+    """Returns the rho of a weight of zeros.
+
+    Args:
+      site: What is static about it.
+      shape: Of the weight.
+      channel_axes: The weight's output axes, from the end.
+    """
+    if site.weight_standardization:  # its scale follows it by itself
+        return math.log(DEVIATIONS)
+    return par.following_rho(shape, channel_axes)
+
+
+def _standardized(weights: list[np.ndarray]) -> list[np.ndarray]:
+    """Returns the weights, a stack's together, less their mean, in standard deviations."""
+    mean, deviation = map(np.asarray, moments(jnp.asarray(np.stack(weights))))
+    return [(weight.astype(mean.dtype) - mean) / (deviation or 1) for weight in weights]
+
+
 def _sample(site: Site, seen: Observations, name: str, operand: str, calibration: str) -> Sample:
     if operand == "act":
         return sample_from_histogram(seen.activations[name], site.act_signed)
-    unrolling = seen.unrolled(name)
+    weights, unrolling = seen.weights[name], seen.unrolled(name)
+    if site.weight_standardization:
+        weights = _standardized(weights)
     if calibration != "output" or unrolling is None:
-        return sample_from_weights(seen.weights[name], site.scale_axes)
-    rows = unrolling.rows(jnp.asarray(seen.weights[name][0]))
+        return sample_from_weights(weights, site.scale_axes)
+    rows = unrolling.rows(jnp.asarray(weights[0]))
     return sample_from_moments(rows, seen.moments[name], per_row=bool(site.scale_axes))
 
 
@@ -108,7 +131,8 @@ def fed_back(
 ) -> Array | None:
     """Returns a kernel's levels, rounded by `round_with_feedback`, on its devices.
 
-    None where its layer is not a matrix product with known inputs.
+    None where its layer is not a matrix product with known inputs, and where the weight is
+    standardized: the levels of what is rounded would be others than it was rounded to.
 
     Args:
       kernel: as it is stored, and as it was seen.
@@ -118,7 +142,7 @@ def fed_back(
       name: the site's name.
     """
     unrolling = seen.unrolled(name)
-    if unrolling is None:
+    if unrolling is None or site.weight_standardization:
         return None
     # As seen it is on no devices: explicit shardings may not allow the reshape.
     rows = unrolling.rows(jnp.asarray(seen.weights[name][0], jnp.float32))

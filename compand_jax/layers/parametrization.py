@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from compand_jax.calibration.fit import MU_MAX
 from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.standardization import in_weights_units, moments
 
 SHARED = "_shared"
 _THETA_MAX = float(np.log1p(MU_MAX))
@@ -223,7 +224,8 @@ def read_parameters(
       operand: "weight" or "act".
       config: What the collection was made for.
       weight: The weight, as `weight_scale` takes it; None for activations, and for a weight that
-        is not known: it is then taken for zero where its scale follows it.
+        is not known: it is then taken for zero where its scale follows it. A standardized weight's
+        scale is in the units of the weight where that is given, else in standard deviations.
 
     Raises:
       ValueError: there is a scale, but the mu that it goes with is missing.
@@ -231,7 +233,12 @@ def read_parameters(
     rho = get_leaf(compand, scale_path(site, operand))
     if rho is None:
         return None
-    scale = scale_from_rho(rho) if weight is None else weight_scale(rho, weight)
+    if weight is None:
+        scale = scale_from_rho(rho)
+    elif config.at(site).weight_standardization:
+        scale = in_weights_units(scale_from_rho(rho), moments(weight)[1])
+    else:
+        scale = weight_scale(rho, weight)
     path = mu_path(site, operand, config)
     if path is None:
         return jnp.zeros((), jnp.float32), scale

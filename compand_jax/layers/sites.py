@@ -32,6 +32,9 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     require_choice("act_site", fields["act_site"], ACT_SITES)
     if not isinstance(fields["act_signed"], bool):
         raise ValueError(f"`act_signed` must be True or False, got {fields['act_signed']!r}")
+    if not isinstance(fields["weight_standardization"], bool):
+        got = fields["weight_standardization"]
+        raise ValueError(f"`weight_standardization` must be True or False, got {got!r}")
     axes = fields["scale_axes"]
     if not isinstance(axes, tuple | list) or not all(type(axis) is int for axis in axes):
         raise ValueError(f"`scale_axes` must be integers, got {axes!r}")
@@ -53,6 +56,7 @@ class Site:
         has a scale of its own. Without any, the weight has one scale.
       act_signed: Whether the activations can be negative.
       act_site: Which activations are quantized, the layer's "input" or its "output".
+      weight_standardization: Whether the weight's scale counts its standard deviations.
 
     Raises:
       ValueError: a field is out of its range.
@@ -65,6 +69,7 @@ class Site:
     scale_axes: tuple[int, ...] = ()
     act_signed: bool = True
     act_site: str = "input"
+    weight_standardization: bool = False
 
     def __post_init__(self) -> None:
         for name, value in _checked(vars(self)).items():
@@ -111,6 +116,7 @@ def site_from_config(
         scale_axes=channel_axes if config.weight_granularity == "channel" else (),
         act_signed=config.act_signed is not False,
         act_site=config.act_site,
+        weight_standardization=config.weight_standardization,
     )
 
 
@@ -193,6 +199,10 @@ def check_sites(config: QuantConfig, sites: Mapping[str, Site]) -> None:
             fields["quantizer"] = site.quantizer, own.quantizer
         if site.weight_bits is not None:
             fields["grid"] = site.grid, own.grid
+            fields["weight_standardization"] = (
+                site.weight_standardization,
+                own.weight_standardization,
+            )
         if site.weight_bits is not None and site.scale_axes:  # without, it may have no channels
             fields["weight_granularity"] = "channel", own.weight_granularity
         if site.act_bits is not None:
@@ -269,14 +279,16 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _site_from_fields(name: str, fields: Any) -> Site:
     expected = [field.name for field in dataclasses.fields(Site)]
-    if not isinstance(fields, dict) or set(fields) != set(expected):
+    # What was stored before there was standardization has no such field.
+    whole = {"weight_standardization": False} | fields if isinstance(fields, dict) else {}
+    if set(whole) != set(expected):
         got = ", ".join(fields) if isinstance(fields, dict) else repr(fields)
         raise ValueError(
             f"site {name!r} must have the fields {', '.join(expected)}, got {got}: give the text "
             "that sites_to_json wrote"
         )
     try:
-        return Site(**_checked(fields))
+        return Site(**_checked(whole))
     except ValueError as error:
         raise ValueError(f"site {name!r}: {error}") from None
 

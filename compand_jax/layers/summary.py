@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jaxtyping import Array
 
-from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers.sites import Site
+from compand_jax.layers.standardization import moments
 
 _HEADER = (
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
@@ -74,10 +75,10 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
         mu, scale = found["weight_mu"], found["weight_scale"]
         weight[:3] = str(site.weight_bits), _range(mu), _range(scale)
         if kernel is not None:
-            spec = site.spec("weight")
+            bits = site.spec("weight").bits
             weight[3], weight[4] = (
-                _sqnr(kernel, mu, scale, spec),
-                str(-(-kernel.size * spec.bits // 8)),
+                _sqnr(kernel, mu, scale, site),
+                str(-(-kernel.size * bits // 8)),
             )
     if kernel is not None:
         weight[5] = str(4 * kernel.size)
@@ -89,18 +90,26 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
     return (name or "(model)", *weight, *act)
 
 
-def _sqnr(kernel: Array, mu: Array, scale: Array, spec: Spec) -> str:
+def _sqnr(kernel: Array, mu: Array, scale: Array, site: Site) -> str:
     if not mu.ndim and scale.ndim:  # one of a stack's layers has fewer axes than the stack
         scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)
         if any(n not in (1, size) for n, size in zip(scale.shape, kernel.shape, strict=True)):
             return "-"
-    quantize = functools.partial(fake_quantize, bits=spec.bits, grid=spec.grid)
+    quantize = functools.partial(_quantized, site=site)
     for _ in mu.shape:  # each of a stack's layers has its own
         quantize = jax.vmap(quantize)
     quantized = quantize(kernel, mu, scale)
     exact, quantized = np.asarray(kernel, np.float64), np.asarray(quantized, np.float64)
     noise, power = np.sum((exact - quantized) ** 2), np.sum(exact**2)
     return f"{10 * np.log10(power / noise):.1f}" if noise and power else "inf"
+
+
+def _quantized(kernel: Array, mu: Array, scale: Array, *, site: Site) -> Array:
+    """Returns a kernel's levels, the scale being in its units."""
+    spec, kernel = site.spec("weight"), jnp.asarray(kernel)
+    mean = moments(kernel)[0] if site.weight_standardization else jnp.zeros((), kernel.dtype)
+    quantized = fake_quantize(kernel - mean, mu, scale, bits=spec.bits, grid=spec.grid)
+    return mean + quantized
 
 
 def _range(values: Any) -> str:

@@ -11,6 +11,7 @@ from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observer
+from compand_jax.layers.parameters import first_rho
 from compand_jax.layers.sites import sites_from_observers
 from compand_jax.layers.summary import site_weight
 
@@ -35,6 +36,8 @@ def initial_parameters(
         for operand in site.operands():
             if operand == "act":
                 absmax = observer.values("activation", name) or [jnp.ones(())]
+            elif site.weight_standardization:
+                absmax = [jnp.zeros(())]  # its scale is that of any weight
             else:
                 own, shape = site_weight(params, name), observer.weight_shapes[name]
                 weights = observer.values("weight", name) or [_unstacked(own, shape)]
@@ -43,7 +46,7 @@ def initial_parameters(
             of_zeros = 0.0
             if operand == "weight":
                 axes = observer.layers[name].channel_axes
-                of_zeros = par.following_rho(observer.weight_shapes[name], axes)
+                of_zeros = first_rho(site, observer.weight_shapes[name], axes)
             rho = jnp.where(scale > SMALLEST_SCALE, par.rho_from_scale(scale), of_zeros)
             par.set_leaf(compand, par.scale_path(name, operand), rho)
             if (path := par.mu_path(name, operand, config)) is not None:

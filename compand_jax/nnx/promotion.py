@@ -4,15 +4,17 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.layers.layer_quantizer import quantize_operand
+from compand_jax.layers.layer_quantizer import quantize_operand, quantize_standardized
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.sites import Site, require_real
+from compand_jax.layers.standardization import in_weights_units, moments
 from compand_jax.layers.visitor import Visitor, visited_operands
 from compand_jax.nnx.variables import Mu, Scale
 
@@ -72,7 +74,10 @@ def variables_of(promotion: Promotion, operand: str) -> tuple[Mu | None, Scale |
 def parameters_of(
     promotion: Promotion, operand: str, weight: Array | None = None
 ) -> tuple[Array, Array] | None:
-    """Returns mu and scale of "weight", which is given, or "act"; None in full precision."""
+    """Returns mu and scale of "weight", which is given, or "act"; None in full precision.
+
+    Of a standardized weight that is not given, the scale is in standard deviations.
+    """
     theta, rho = variables_of(promotion, operand)
     if rho is None:
         return None
@@ -80,6 +85,11 @@ def parameters_of(
     if weight is None:
         return mu, par.scale_from_rho(rho[...])
     # One scale for each layer of a stack lies along its axes, in front.
+    if promotion.site.weight_standardization:
+        deviation = lambda weight: moments(weight)[1]  # noqa: E731
+        for _ in rho[...].shape:
+            deviation = jax.vmap(deviation)
+        return mu, in_weights_units(par.scale_from_rho(rho[...]), deviation(weight))
     shape = rho[...].shape + (1,) * (weight.ndim - rho[...].ndim)
     scale = par.weight_scale(rho[...].reshape(shape), weight)
     return mu, scale.reshape(rho[...].shape)
@@ -117,7 +127,9 @@ class _Quantizing:
         if operand not in self._own.site.operands():
             return x
         require_real(name, operand, x.dtype)
-        parameters = parameters_of(self._own, operand, x if operand == "weight" else None)
+        standardized = operand == "weight" and self._own.site.weight_standardization
+        weight = x if operand == "weight" and not standardized else None
+        parameters = parameters_of(self._own, operand, weight)
         assert parameters is not None
         if operand == "act" and not self._own.is_calibrated:
             warnings.warn(
@@ -137,6 +149,6 @@ class _Quantizing:
         spec = self._own.site.spec(operand)
         _, rho = variables_of(self._own, operand)
         assert rho is not None
-        return quantize_operand(
-            operand, x, mu, scale, rho[...], spec, self._own.config.scale_gradient
-        )
+        if standardized:
+            return quantize_standardized(x, x, mu, scale, rho[...], spec, self._own.config)
+        return quantize_operand(operand, x, mu, scale, rho[...], spec, self._own.config)

@@ -11,6 +11,7 @@ from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Layer
+from compand_jax.layers.parameters import first_rho
 from compand_jax.layers.sites import (
     Site,
     check_rules,
@@ -259,7 +260,9 @@ def _first_rho(
     axes = tuple(i for i in range(-ndim, 0) if i not in site.scale_axes)
     largest = jnp.max(jnp.abs(weight), axes, initial=0.0, keepdims=bool(site.scale_axes))
     largest = largest.astype(jnp.float32)
-    of_zeros = par.following_rho(weight.shape[len(stack) :], channel_axes)
+    of_zeros = first_rho(site, weight.shape[len(stack) :], channel_axes)
+    if site.weight_standardization:
+        return jnp.full(largest.shape, of_zeros, jnp.float32)
     return jnp.where(largest > SMALLEST_SCALE, par.rho_from_scale(largest), of_zeros)
 
 

@@ -41,6 +41,7 @@ def test_bits(make, name, bits):
         ("weight_granularity", "row", "tensor, channel"),
         ("act_site", "inputs", "input, output"),
         ("scale_gradient", "LSQ", "plain, lsq"),
+        ("mu_gradient", "LSQ", "plain, lsq"),
         ("grid", "mid-tread", "midtread, midrise"),
         ("mu_scope", None, "single, separate, per_layer"),
         ("mu_scope", "", "single, separate, per_layer"),
@@ -49,6 +50,21 @@ def test_bits(make, name, bits):
 def test_unknown_choices(field, value, choices):
     with pytest.raises(ValueError, match=rf"`{field}` must be one of {choices}, got {value!r}"):
         plain.QuantConfig(**{field: value})
+
+
+@pytest.mark.parametrize("make", [plain.QuantConfig, lambda **kwargs: plain.Rule("a", **kwargs)])
+def test_weight_standardization_is_on_or_off(make):
+    with pytest.raises(ValueError, match="`weight_standardization` must be True or False, got 1"):
+        make(weight_standardization=1)
+
+
+def test_weight_standardization_takes_one_scale():
+    match = "`weight_standardization` must go with weight_granularity='tensor', got 'channel'"
+    with pytest.raises(ValueError, match=match):
+        cj.QuantConfig(weight_standardization=True, weight_granularity="channel")
+    rule = cj.Rule("a", weight_granularity="channel")
+    with pytest.raises(ValueError, match=rf"`rules`: at 'a', {match}"):
+        cj.QuantConfig(weight_standardization=True, rules=(rule,))
 
 
 @pytest.mark.parametrize("field", ["quantizer", "weight_granularity", "grid"])

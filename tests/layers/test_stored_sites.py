@@ -55,7 +55,13 @@ def test_sites_survive_json():
 
 def test_what_the_text_holds():
     text = cj.sites_to_json({"a": cj.Site(4, 8, "uniform", "midrise", (-2, -1), False, "output")})
-    assert json.loads(text) == {"a": FIELDS}
+    assert json.loads(text) == {"a": FIELDS | {"weight_standardization": False}}
+
+
+def test_sites_stored_before_there_was_standardization():
+    site = cj.sites_from_json(json.dumps({"a": FIELDS}))["a"]
+    assert site.act_site == "output"
+    assert not site.weight_standardization
 
 
 def test_bits_may_be_numpys_integers():
@@ -86,7 +92,10 @@ def test_a_model_by_its_stored_sites_is_the_same(granularity, act_site):
         ("[]", "`text` must be a JSON object of sites, got one of type list"),
         ("null", "`text` must be a JSON object of sites, got one of type NoneType"),
         ('{"a": 1, "a": 2}', "wrote: a name comes twice among a, a"),
-        ('{"a": null}', "site 'a' must have the fields weight_bits, .*, act_site, got None"),
+        (
+            '{"a": null}',
+            "site 'a' must have the fields weight_bits, .*, weight_standardization, got None",
+        ),
         ('{"a": {}}', "site 'a' must have the fields weight_bits, .*, got : give"),
     ],
 )
@@ -121,6 +130,7 @@ def test_a_field_that_is_missing_or_unknown(name):
         ({"grid": "mid"}, "`grid` must be one of midtread, midrise, got 'mid'"),
         ({"act_signed": 1}, "`act_signed` must be True or False, got 1"),
         ({"act_signed": None}, "`act_signed` must be True or False, got None"),
+        ({"weight_standardization": 1}, "`weight_standardization` must be True or False, got 1"),
         ({"act_site": "both"}, "`act_site` must be one of input, output, got 'both'"),
         ({"scale_axes": [-1.0]}, r"`scale_axes` must be integers, got \[-1.0\]"),
         ({"scale_axes": [True]}, r"`scale_axes` must be integers, got \[True\]"),

@@ -37,6 +37,7 @@ CASES = {
         {"mu_scope": "separate", "grid": "midrise"},
         {"calibration": "percentile", "percentile": 99.0, "mu": 3.0, "train": True},
     ),
+    "standardized": ({"weight_standardization": True, "weight_bits": 3}, {}),
     "uniform": ({"quantizer": "uniform"}, {"calibration": "absmax"}),
     "output": (
         {"mu_scope": "single", "weight_granularity": "channel", "weight_bits": 3},

@@ -201,6 +201,8 @@ UNITS = {
     "quant.act-site": "output",
     "quant.act-signed": "None lets calibration decide",
     "quant.scale-gradient": "lsq",
+    "quant.mu-gradient": "lsq",
+    "quant.weight-standardization": "standard deviation",
     "quant.mu-init": "0 to 255",
     "quant.rules": "JSON",
 }
@@ -227,7 +229,7 @@ def test_help_names_every_field_its_unit_and_its_default(name):
     command = [sys.executable, str(SCRIPTS / "train.py"), name, "--help"]
     out = subprocess.run(command, capture_output=True, env=wide, check=True).stdout.decode()
     text = " ".join(" ".join(line.strip("│ ") for line in out.splitlines()).split())
-    text = re.sub(r"[─╭╮╰╯]+|, --no-(flip|distributed)", " ", text)
+    text = re.sub(r"[─╭╮╰╯]+|, --(quant\.)?no-(flip|distributed|weight-standardization)", " ", text)
     entries = dict(re.findall(r" --((?:quant\.)?[a-z_-]+)(?=[ ,])(.*?)(?= --|$)", text))
     defaults = dict(wanted_defaults(PRESETS[name]))
     assert entries.keys() >= defaults.keys() == UNITS.keys()

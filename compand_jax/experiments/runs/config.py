@@ -239,7 +239,8 @@ def differences(stored: dict, config: RunConfig, *, finetune: bool = True) -> li
     for name in wanted.keys() - set(FREE_FIELDS) - set(() if finetune else FINETUNE_FIELDS):
         found = stored.get(name, defaults[name])
         if name == "quant":
-            found = defaults["quant"] | found
+            rules = [dataclasses.asdict(Rule(**rule)) for rule in found.get("rules", ())]
+            found = defaults["quant"] | found | {"rules": rules}
         if found != wanted[name]:
             rows.append(f"{name} is {found!r} there, {wanted[name]!r} here")
     return sorted(rows)
