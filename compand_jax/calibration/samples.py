@@ -17,6 +17,7 @@ neither vanish nor overflow, whatever the magnitudes are that float32 has. What 
 own and does not exceed `SMALLEST_SCALE` counts as zero.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -187,7 +188,7 @@ def sample_from_histogram(data: Histogram, signed: bool) -> Sample:
     edges = _bin_edges()
     used = np.flatnonzero(counts)
     # To few lengths, so that the search is compiled few times.
-    padding = max(_MIN_SAMPLE, 1 << (len(used) - 1).bit_length()) - len(used)
+    padding = _padded_length(len(used)) - len(used)
     magnitudes = np.pad(edges[used] + sums[used] / counts[used], (padding, 0))
     magnitudes = magnitudes if absmax > 0 else np.zeros_like(magnitudes)
     return Sample(
@@ -208,11 +209,8 @@ def sample_from_weights(
       scale_axes: the axes, from the end, whose every index is a channel.
     """
     if not scale_axes:
-        parts = [_jitted_histogram(jnp.asarray(weight)) for weight in weights]
-        total = parts[0]
-        for part in parts[1:]:
-            total = merge_histograms(total, part)
-        return sample_from_histogram(jax.device_get(total), signed=True)
+        total = functools.reduce(merge_histograms, map(_histogram_of_weight, weights))
+        return sample_from_histogram(total, signed=True)
     rows = []
     for weight in weights:
         magnitudes = np.abs(np.asarray(weight, np.float32))
@@ -225,6 +223,21 @@ def sample_from_weights(
     values, absmax = values / unit, np.max(values, 1, initial=0) / unit
     ones, units = np.ones((len(values), 1), np.float32), np.full_like(absmax, unit)
     return Sample(*map(jnp.asarray, (values, ones, absmax, units)))
+
+
+def _histogram_of_weight(weight: Array | np.ndarray) -> Histogram:
+    values = np.asarray(weight, np.float32).ravel()
+    # To few lengths, so that it is compiled few times.
+    padding = _padded_length(values.size) - values.size
+    found = jax.device_get(_jitted_histogram(np.pad(values, (0, padding))))
+    counts = found.counts.copy()
+    counts[0, 0] -= padding  # the zeros that were added
+    return found._replace(counts=counts)
+
+
+def _padded_length(count: int) -> int:
+    """Returns the next power of two, `_MIN_SAMPLE` at least."""
+    return max(_MIN_SAMPLE, 1 << max(count - 1, 0).bit_length())
 
 
 _jitted_histogram = jax.jit(histogram)

@@ -206,6 +206,16 @@ def test_percentile_of_a_tensor_and_of_channels(percentile):
     np.testing.assert_allclose(scale, expected, rtol=2e-3)  # to the width of a bin
 
 
+def test_weights_of_other_shapes_compile_once():
+    tensors = [source("student", size).reshape(shape)
+               for size, shape in ((2_500, (25, 4, 25)), (5_000, (50, 100)))]  # fmt: skip
+    compiled = samples._jitted_histogram
+    compiled.clear_cache()
+    found = [sample_from_weights([x]) for x in tensors]
+    assert compiled._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, found, [sample(x) for x in tensors])
+
+
 def test_percentile_that_is_zero_gives_way_to_the_largest_magnitude():
     x = np.zeros(100, np.float32)
     x[0] = 2.0
