@@ -249,8 +249,8 @@ class Search:
                 batch.cumulated, np.asarray(own, np.float64), stacked, spec, descents
             )
         found = [best_scales(sample, own, grid, spec, descents) for grid in grids]
-        scales, errors = (np.stack(arrays) for arrays in zip(*jax.device_get(found), strict=True))
-        winner = errors.argmin(0)
+        scales, errors = zip(*jax.device_get(found), strict=True)
+        winner = np.argmin(errors, 0)
         return _take(scales, winner), _take(errors, winner)
 
     def _with_powers(self, batches: list[_Batch]) -> _Data:
@@ -265,7 +265,7 @@ class Search:
         return sums
 
 
-def _take(arrays: Sequence[np.ndarray] | np.ndarray, winners: np.ndarray) -> np.ndarray:
+def _take(arrays: Sequence[np.ndarray], winners: np.ndarray) -> np.ndarray:
     """Returns, at each place, the value of the array that is its winner."""
     return np.take_along_axis(np.stack(arrays), winners[None], 0)[0]
 
