@@ -48,7 +48,7 @@ def check_model(
         except Exception as error:  # whatever a model of other inputs raises
             inputs = [(x.shape, x.dtype.name) for x in call.arrays()]
             raise ValueError(
-                f"{wrong}that does not take its inputs {inputs}: {_line(error)}"
+                f"{wrong}that does not take its inputs {inputs}: {line(error)}"
             ) from error
         for name in sorted(own.keys() | initial.keys()):
             if own.get(name) != initial.get(name):
@@ -59,7 +59,7 @@ def check_model(
     try:
         run_abstractly(model, weights, act_site, call)
     except Exception as error:  # whatever a model of other variables raises
-        raise ValueError(f"{wrong}that does not run on its variables: {_line(error)}") from error
+        raise ValueError(f"{wrong}that does not run on its variables: {line(error)}") from error
 
 
 def run_abstractly(model: nn.Module, weights: Weights, act_site: str, call: Call) -> None:
@@ -75,5 +75,6 @@ def run_abstractly(model: nn.Module, weights: Weights, act_site: str, call: Call
     call.as_it_runs(run)
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """Returns the first line of what an error says."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

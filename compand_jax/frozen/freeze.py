@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import flax.linen as nn
 import jax
@@ -15,8 +15,9 @@ from compand_jax.frozen.codes import act_tables, check_weight, pack_weight
 from compand_jax.frozen.expansion import Weights
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
+from compand_jax.frozen.observed_call import ObservedLinen
 from compand_jax.frozen.origins import computed_weights, find_origins, needed_variables
-from compand_jax.frozen.sample import Call, Signature, abstract_call, result_arrays
+from compand_jax.frozen.sample import Call, Signature, abstract_call, is_nnx, result_arrays
 from compand_jax.frozen.tree import (
     KINDS,
     WEIGHT_TYPES,
@@ -33,39 +34,54 @@ from compand_jax.layers import parametrization as par
 from compand_jax.layers.summary import WEIGHT_NAMES
 from compand_jax.linen.quantized_model import QuantizedModel, compand_of
 
+if TYPE_CHECKING:
+    from flax import nnx
 
+    from compand_jax.frozen.nnx.model import FrozenModule
+
+
+@overload
 def freeze(
     qmodel: QuantizedModel,
     variables: Mapping[str, Any],
     *sample: Any,
     fold_norms: bool = False,
     **kwargs: Any,
-) -> FrozenModel:
+) -> FrozenModel: ...
+@overload
+def freeze(qmodel: "nnx.Module", *sample: Any, **kwargs: Any) -> "FrozenModule": ...
+def freeze(qmodel: Any, *args: Any, fold_norms: bool = False, **kwargs: Any) -> Any:
     """Returns a quantized model for inference alone: packed codes and tables instead of kernels.
 
-    The model is traced on the sample. That finds the layers that compute their weights from their
-    parameters (WeightNorm, a mask), and tells a file what to know the model by.
+    A model of Linen is traced on a sample: `freeze(qmodel, variables, *sample)`. That finds the
+    layers that compute their weights from their parameters (WeightNorm, a mask), and tells a file
+    what to know the model by. A model of NNX holds its variables, and knows its layers: it needs
+    no sample, `freeze(qmodel)`.
 
     Args:
-      qmodel: The quantized model.
-      variables: As its `apply` takes them, with "compand".
-      *sample: Arguments of the model, such as one batch of inputs. Only their shapes count;
+      qmodel: The quantized model, of `quantize_model` or of `compand_jax.nnx.quantize`.
+      *args: For Linen, the variables as its `apply` takes them, with "compand". Then the sample:
+        arguments of the model, such as one batch of inputs. Only their shapes count;
         `jax.ShapeDtypeStruct` can take the place of arrays.
       fold_norms: Whether to fold every batch norm whose only input is a quantized layer's float32
         output. Its factor goes into the weight's scales, and an addition is left of it. The
         frozen model then runs in evaluation alone.
-      **kwargs: Further arguments of the model's `apply`, such as `train=False` or `method`.
+        Linen's alone.
+      **kwargs: Further arguments of the sample, such as `train=False` or `method`.
 
     Returns:
       A `FrozenModel`, whose `apply(*args, **kwargs)` returns what the jitted `qmodel.apply`
       returns on the same backend, to within rounding: see there how far. With `fold_norms` the
-      rounding is that of other scales. Either can flip an activation's code.
+      rounding is that of other scales. Either can flip an activation's code. For NNX it is a
+      `FrozenModule`: its `apply` does what the jitted `qmodel` does, and its `model` is a model of
+      the same class.
 
     Raises:
-      TypeError: `qmodel` is no QuantizedModel, its model does not take such a sample, or an
-        activation that is quantized is float64.
-      ValueError: "compand" is missing; a weight is not finite, in float64, or differs between the
-        layers of a stack that compute it from their parameters; or there is no batch norm to fold.
+      TypeError: `qmodel` is no quantized model, `variables` are missing, its model does not take
+        such a sample, or an activation that is quantized is float64.
+      ValueError: "compand" is missing; an NNX model is not quantized or not calibrated; a weight is
+        not finite, in float64, or differs between the layers of a stack that compute it from their
+        parameters; or there is no batch norm to fold.
 
     >>> import compand_jax as cj
     >>> qmodel = cj.quantize_model(nn.Dense(3), cj.QuantConfig(weight_bits=4, act_bits=None))
@@ -74,11 +90,35 @@ def freeze(
     >>> frozen.arrays["codes"][""].nbytes  # 24 weights of 4 bits
     12
     """
+    if is_nnx(qmodel):
+        return _freeze_nnx(qmodel, args, fold_norms, kwargs)
     if not isinstance(qmodel, QuantizedModel):
         raise TypeError(
-            f"`qmodel` must be a QuantizedModel, got {type(qmodel).__name__}: make it with "
-            "quantize_model"
+            "`qmodel` must be a QuantizedModel or a quantized NNX model, got "
+            f"{type(qmodel).__name__}: make it with quantize_model or nnx.quantize"
         )
+    if not args:
+        raise TypeError(
+            "`variables` must be given for a QuantizedModel, got none: freeze(qmodel, variables, x)"
+        )
+    return _freeze_linen(qmodel, args[0], args[1:], fold_norms, kwargs)
+
+
+def _freeze_nnx(qmodel: Any, sample: tuple, fold_norms: bool, kwargs: dict[str, Any]) -> Any:
+    from compand_jax.frozen.nnx.freeze import freeze_module  # flax.nnx takes its time to import
+
+    if fold_norms:
+        raise ValueError("`fold_norms` must be False for an NNX model, got True: leave it out")
+    return freeze_module(qmodel, sample, kwargs)
+
+
+def _freeze_linen(
+    qmodel: QuantizedModel,
+    variables: Mapping[str, Any],
+    sample: tuple,
+    fold_norms: bool,
+    kwargs: dict[str, Any],
+) -> FrozenModel:
     model, config = qmodel.model, qmodel.config
     compand = compand_of(variables)
     tree = {name: tree for name, tree in variables.items() if name != "compand"}
@@ -163,12 +203,9 @@ def _sources(
       ValueError: a site without a parameter of its own did not run, a weight depends on the
         inputs, is another one from call to call, or is not to be quantized.
     """
-    origins = find_origins(model, variables, call)
-    if varying := origins.varying.intersection(names):
-        raise ValueError(
-            f"site {', '.join(map(repr, sorted(varying)))} computes its weight from the model's "
-            "inputs or random numbers: leave it in full precision, Rule(..., weight_bits=None)"
-        )
+    observed = ObservedLinen(model, call)
+    origins = find_origins(observed, variables)
+    origins.require_the_same(names)
     leaves: dict[str, Path | None] = {}
     for name in names:  # what did not run is taken to be its module's parameter
         own = origins.leaves.get(name) if name in origins.leaves else _own(variables, name)
@@ -182,8 +219,8 @@ def _sources(
     computed = {name for name, leaf in leaves.items() if leaf is None}
     values, needed = {}, set(variables)
     if computed:
-        values = computed_weights(model, variables, call, computed)
-        needed = needed_variables(model, variables, call)
+        values = computed_weights(observed, variables, computed)
+        needed = needed_variables(observed, variables)
     found = {}
     for name, leaf in leaves.items():
         value = jnp.asarray(variables[leaf]) if leaf is not None else values[name]

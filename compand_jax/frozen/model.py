@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import flax.linen as nn
 import jax
@@ -18,9 +18,14 @@ from compand_jax.frozen.description import from_file, to_file
 from compand_jax.frozen.expansion import Weights, run_expanded
 from compand_jax.frozen.file import read_sealed, write_sealed, wrong_file
 from compand_jax.frozen.identity import Fixed
-from compand_jax.frozen.sample import Call, Signature, abstract_call
+from compand_jax.frozen.sample import Call, Signature, abstract_call, is_nnx
 from compand_jax.frozen.summary import summarize_frozen
 from compand_jax.frozen.tree import Arrays, FrozenSite, flatten, join_path, split_path
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    from compand_jax.frozen.nnx.model import FrozenModule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -216,28 +221,39 @@ def make_frozen(
     return FrozenModel(model, FrozenDict(sites), act_site, signature, on_device)
 
 
-def load_frozen(path: str | Path, model: Any, *sample: Any, **kwargs: Any) -> FrozenModel:
-    """Returns the frozen model of a file that `FrozenModel.save` wrote.
+@overload
+def load_frozen(path: str | Path, model: nn.Module, *sample: Any, **kwargs: Any) -> FrozenModel: ...
+@overload
+def load_frozen(
+    path: str | Path, model: "nnx.Module", *sample: Any, **kwargs: Any
+) -> "FrozenModule": ...
+def load_frozen(path: str | Path, model: Any, *sample: Any, **kwargs: Any) -> Any:
+    """Returns the frozen model of a file that `save` wrote.
 
     Args:
       path: Of the file. It is not trusted: all of it is checked, and no code is read from it.
-      model: The Linen module that was frozen.
+      model: The module that was frozen, in full precision; one of NNX with any weights, or with
+        shapes alone, as `nnx.eval_shape` makes it. It is not changed.
       *sample: What `freeze` was given, only for a file that cannot hold it (named tuples,
         objects). An error says so where it is missing.
       **kwargs: Likewise.
 
     Returns:
-      A `FrozenModel`, equal to the one that was saved.
+      A `FrozenModel`, for NNX a `FrozenModule`, equal to the one that was saved.
 
     Raises:
       OSError: the file cannot be read.
       ValueError: the file is damaged, of another version or of another model; or it needs a sample.
     """
+    if is_nnx(model):
+        from compand_jax.frozen.nnx.load import load_module  # flax.nnx takes its time to import
+
+        return load_module(path, model, sample, kwargs)
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise ValueError(
-            f"`model` must be the flax.linen Module that was frozen, got {got}: make it as for "
-            "quantize_model"
+            f"`model` must be the Flax module that was frozen, got {got}: make it as for "
+            "quantize_model or nnx.quantize"
         )
     try:
         given = abstract_call(model, sample, kwargs) if sample or kwargs else None
@@ -250,6 +266,11 @@ def _load(path: str | Path, model: nn.Module, given: Call | None) -> FrozenModel
     """Returns a file's model; the call is the given one where the file has none."""
     description, stored = read_sealed(path)
     sites, act_site, signature, arrays = from_file(path, description, stored)
+    if any(x.ndim > 1 for kind in ("levels", "act_levels") for x in arrays[kind].values()):
+        raise ValueError(
+            f"`model` must be of NNX for {path}, in which each layer of a stack has a table of its "
+            "own, got one of Linen: give load_frozen the NNX model that was frozen"
+        )
     if signature.call is None and given is None:
         raise ValueError(
             f"`sample` must be what the model was frozen with, {path} could not hold it: give it "

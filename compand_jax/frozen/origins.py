@@ -6,10 +6,10 @@ and what is marked is followed back to a variable, through whatever passes it on
 `remat`, branches, and `scan` and `vmap`, which pass on parts of it.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -19,10 +19,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array
 
 from compand_jax.frozen.sample import Call, result_arrays
-from compand_jax.frozen.tree import Path, nested
+from compand_jax.frozen.tree import Path
 from compand_jax.layers.observation import Layer, Observer
-from compand_jax.linen.interception import intercept_layers
-from compand_jax.linen.observation import observe_layers
+from compand_jax.layers.visitor import Visitor
 from compand_jax.linen.traces import no_trace_from_before
 
 # What gives out an array as it took it.
@@ -42,6 +41,46 @@ class Origins(NamedTuple):
     leaves: dict[str, Path | None]
     used: set[Path]
     varying: set[str]
+
+    def require_the_same(self, sites: Iterable[str]) -> None:
+        """Raises ValueError where the weight of one of these sites is another from call to call."""
+        if varying := self.varying.intersection(sites):
+            raise ValueError(
+                f"site {', '.join(map(repr, sorted(varying)))} computes its weight from the "
+                "model's inputs or random numbers: leave it in full precision, "
+                "Rule(..., weight_bits=None)"
+            )
+
+
+@runtime_checkable
+class ObservedCall(Protocol):
+    """A call of a model, of Linen or of NNX, whose layers are visited."""
+
+    @property
+    def call(self) -> Call:
+        """The arguments."""
+        ...
+
+    @property
+    def random(self) -> Any:
+        """What the model's random numbers come from: arrays."""
+        ...
+
+    def run(
+        self, visitor: Visitor, variables: dict[Path, Any], arrays: list, random: Any
+    ) -> tuple[Any, Any]:
+        """Returns the outputs, with a visitor at every layer, and the state after the call."""
+        ...
+
+    def observe(
+        self,
+        make_observer: Callable[[bool], Observer],
+        variables: dict[Path, Any],
+        arrays: list,
+        random: Any,
+    ) -> Observer:
+        """Returns an observer of the call, made by whether every inner trace runs."""
+        ...
 
 
 class _Input:
@@ -63,16 +102,15 @@ class _Visitor:
         return output
 
 
-def find_origins(model: nn.Module, variables: dict[Path, Any], call: Call) -> Origins:
+def find_origins(observed: ObservedCall, variables: dict[Path, Any]) -> Origins:
     """Returns where a model's weights come from, in this call of it.
 
     Args:
-      model: The Linen module.
-      variables: Its variables by path, without "compand".
-      call: The arguments.
+      observed: The call.
+      variables: The model's variables by path, without mu and scale.
     """
     visitor = _Visitor(lambda site, weight: checkpoint_name(weight, f"weight {site}"))
-    program, sources, _ = _trace(model, variables, call, visitor)
+    program, sources, _ = _trace(observed, variables, visitor)
     found: dict[str, set] = {}
     used: set[Path] = set()
     paths = [source if isinstance(source, tuple) else None for source in sources]
@@ -83,10 +121,10 @@ def find_origins(model: nn.Module, variables: dict[Path, Any], call: Call) -> Or
     return Origins(leaves, used, varying)
 
 
-def needed_variables(model: nn.Module, variables: dict[Path, Any], call: Call) -> set[Path]:
+def needed_variables(observed: ObservedCall, variables: dict[Path, Any]) -> set[Path]:
     """Returns the variables that a call's results depend on once every layer's weight is given."""
     visitor = _Visitor(lambda _, weight: jnp.zeros(weight.shape, weight.dtype))
-    program, sources, opaque = _trace(model, variables, call, visitor)
+    program, sources, opaque = _trace(observed, variables, visitor)
     if opaque:  # a result in which arrays cannot be seen
         return set(variables)
     _, used = dce_jaxpr(program, [True] * len(program.outvars))
@@ -95,15 +133,14 @@ def needed_variables(model: nn.Module, variables: dict[Path, Any], call: Call) -
 
 
 def _trace(
-    model: nn.Module, variables: dict[Path, Any], call: Call, visitor: _Visitor
+    observed: ObservedCall, variables: dict[Path, Any], visitor: _Visitor
 ) -> tuple[jex.Jaxpr, list, bool]:
     """Returns a call's program, what each of its inputs is, and whether a result is an object."""
     opaque = False
 
-    def run(variables: dict[Path, Any], arrays: list, key: Array) -> list:
+    def run(variables: dict[Path, Any], arrays: list, random: Any) -> list:
         nonlocal opaque
-        with intercept_layers(model, visitor) as intercepted:
-            outputs, state = call.run(intercepted, nested(variables.items()), arrays, key)
+        outputs, state = observed.run(visitor, variables, arrays, random)
         leaves = jax.tree.leaves(outputs)
         opaque = any(not isinstance(x, jax.Array | bool | int | float | str) for x in leaves)
         # A collection that may change comes back whether it did or not.
@@ -111,7 +148,7 @@ def _trace(
         changed = [x for x in jax.tree.leaves(state) if id(x) not in given]
         return result_arrays((outputs, changed))
 
-    arguments = variables, call.arrays(), jax.random.key(0)
+    arguments = variables, observed.call.arrays(), observed.random
     with no_trace_from_before():
         program = jax.make_jaxpr(run)(*arguments)
     sources: list[Path | _Input | None] = [
@@ -221,7 +258,7 @@ def _is_program(value: Any) -> bool:
 
 
 def computed_weights(
-    model: nn.Module, variables: dict[Path, Any], call: Call, sites: set[str]
+    observed: ObservedCall, variables: dict[Path, Any], sites: set[str]
 ) -> dict[str, Array]:
     """Returns what these layers multiply with, to the last bit as in the jitted model.
 
@@ -230,17 +267,14 @@ def computed_weights(
     """
     called_back: dict[str, list] = {}
 
-    def run(variables: dict[Path, Any], arrays: list, key: Array) -> dict[str, list]:
-        observer, _ = observe_layers(
-            model,
-            lambda: _EveryWeight(sites),
-            lambda model: call.run(model, nested(variables.items()), arrays, key),
-        )
+    def run(variables: dict[Path, Any], arrays: list, random: Any) -> dict[str, list]:
+        make_observer = functools.partial(_EveryWeight, sites)
+        observer = observed.observe(make_observer, variables, arrays, random)
         called_back.update(observer.called_back["weight"])
         assert isinstance(observer, _EveryWeight)
         return observer.every
 
-    seen = jax.device_get(jax.jit(run)(variables, call.zeros(), jax.random.key(0)))
+    seen = jax.device_get(jax.jit(run)(variables, observed.call.zeros(), observed.random))
     jax.effects_barrier()
     computed = {}
     for site in sorted(sites):
@@ -257,8 +291,8 @@ def computed_weights(
 class _EveryWeight(Observer):
     """Keeps the weights of some sites, of every call: in `every`, or called back."""
 
-    def __init__(self, sites: set[str]) -> None:
-        super().__init__(weight=lambda weight: weight)
+    def __init__(self, sites: set[str], calls_back: bool) -> None:
+        super().__init__(weight=lambda weight: weight, calls_back=calls_back)
         self._sites, self._here = sites, current_trace()
         self.every: dict[str, list] = {}
 

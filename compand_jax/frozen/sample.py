@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -102,12 +103,18 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic) and x.dtype.kind not in "USOMm"
 
 
+def is_nnx(model: Any) -> bool:
+    """Returns whether a model is one of NNX; whoever has one has imported `flax.nnx`."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(model, nnx.Module)
+
+
 def result_arrays(results: Any) -> list[jax.Array]:
     """Returns the arrays among a model's results, for a trace to return."""
     return [x for x in jax.tree.leaves(results) if isinstance(x, jax.Array)]
 
 
-def abstract_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Call:
+def abstract_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
     """Returns the shapes of a call's arguments, and the types that jax gives them.
 
     Raises:

@@ -1,6 +1,7 @@
 """What a frozen model consists of: static facts by site, and arrays by name."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,11 @@ class FrozenWeight:
         return self.leaf is None or self.leaf_shape is not None
 
     @property
+    def size(self) -> int:
+        """How many codes there are."""
+        return math.prod(self.shape)
+
+    @property
     def levels(self) -> int:
         """How many levels a table has."""
         spec = check_spec(self.bits, True, self.grid)
@@ -70,6 +76,9 @@ Arrays = dict[str, dict[str, Any]]
     act_levels      site -> float32 [levels], ascending
     act_thresholds  site -> float32 [levels - 1], between them
     variables       path -> what stays in full precision, the path joined by `join_path`
+
+Where each layer of a stack has its own, as in NNX, its axes are in front of levels, scales,
+act_levels and act_thresholds; codes are those of the whole stack.
 """
 
 TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")

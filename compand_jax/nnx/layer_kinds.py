@@ -12,7 +12,12 @@ LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose
 
 def weight_of(layer: Any) -> nnx.Variable:
     """Returns a layer's own weight."""
-    return layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+    return getattr(layer, weight_name(layer))
+
+
+def weight_name(layer: Any) -> str:
+    """Returns the attribute of a layer that its weight is."""
+    return "embedding" if isinstance(layer, nnx.Embed) else "kernel"
 
 
 def weight_ndim(layer: Any) -> int:

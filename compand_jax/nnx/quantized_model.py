@@ -68,7 +68,7 @@ def quantize(model: M, config: QuantConfig, *, sites: Mapping[str, Site] | None 
         require_sites(sites)
         check_sites(config, sites)
     qmodel = nnx.clone(model)
-    layers = _named_layers(qmodel)
+    layers = named_layers(qmodel)
     if not layers:
         raise ValueError(
             "`model` must have a layer to quantize (Linear, LinearGeneral, Einsum, Conv, "
@@ -101,7 +101,7 @@ def dequantize(model: M) -> M:
     """
     plain = nnx.clone(model)
     for layer, promotion in hooked_layers(plain):
-        _set_static(layer, HOOK, promotion.promote)
+        set_static(layer, HOOK, promotion.promote)
     return plain
 
 
@@ -173,7 +173,7 @@ def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:
     _require_module(model)
     found = [
         (layer, layer.promote_dtype)
-        for _, layer in _layers(model)
+        for _, layer in layers_of(model)
         if isinstance(layer.promote_dtype, Promotion)
     ]
     if not found:
@@ -181,9 +181,14 @@ def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:
     return found
 
 
+def described(name: str, layer: Any) -> Layer:
+    """Returns what a visitor is told of a layer, by its site's name."""
+    return Layer(name, channel_axes(layer), unrolling_of(layer))
+
+
 def stack_shape(layer: Any) -> tuple[int, ...]:
     """Returns the axes that `nnx.vmap` put in front of a layer's weight; () for one layer."""
-    shape = weight_of(layer)[...].shape
+    shape = weight_of(layer).shape
     return tuple(shape[: len(shape) - weight_ndim(layer)])
 
 
@@ -198,7 +203,7 @@ def _check_arguments(model: Any, config: Any) -> None:
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "
             "can be reached at what they multiply alone"
         )
-    if any(isinstance(layer.promote_dtype, Promotion) for _, layer in _layers(model)):
+    if any(isinstance(layer.promote_dtype, Promotion) for _, layer in layers_of(model)):
         raise ValueError("`model` must be in full precision, got a quantized one: dequantize it")
     mode = getattr(nnx, "set_graph_mode", None)
     if mode is not None and not mode.current_value() and config.mu_scope != "per_layer":
@@ -216,21 +221,23 @@ def _require_module(model: Any) -> None:
         )
 
 
-def _layers(model: nnx.Module) -> Iterator[tuple[tuple, Any]]:
+def layers_of(model: nnx.Module) -> Iterator[tuple[tuple, Any]]:
+    """Yields the layers that can be quantized, each with its path."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, LAYERS):
             yield path, node
 
 
-def _named_layers(model: nnx.Module) -> dict[str, Any]:
-    return {"/".join(map(str, path)): layer for path, layer in _layers(model)}
+def named_layers(model: nnx.Module) -> dict[str, Any]:
+    """Returns the layers that can be quantized, by site."""
+    return {"/".join(map(str, path)): layer for path, layer in layers_of(model)}
 
 
 def _hook(
     layer: Any, name: str, config: QuantConfig, site: Site | None, shared: dict[tuple, Mu]
 ) -> None:
     """Puts a `Promotion` into a layer; `shared` has each mu that several sites share."""
-    kind = Layer(name, channel_axes(layer), unrolling_of(layer))
+    kind = described(name, layer)
     found = site or site_from_config(config, name, channel_axes=kind.channel_axes)
     is_calibrated = site is not None
     promotion = Promotion(layer.promote_dtype, kind, found, config, is_calibrated)
@@ -266,8 +273,8 @@ def _first_rho(
     return jnp.where(largest > SMALLEST_SCALE, par.rho_from_scale(largest), of_zeros)
 
 
-def _set_static(module: Any, name: str, value: Any) -> None:
-    """Sets an attribute that was data before and is static now."""
+def set_static(module: Any, name: str, value: Any) -> None:
+    """Sets an attribute of a module that was data before and is static now."""
     if hasattr(nnx, "static"):
         setattr(module, name, nnx.static(value))
         return

@@ -1,12 +1,12 @@
-"""The variables that hold mu and scale in their trainable form."""
+"""The variables that hold mu and scale in their trainable form, and what stands for them frozen."""
 
 from flax import nnx
 
 
 class Quantizer(nnx.Variable):
-    """What a quantizer learns: a `Mu` or a `Scale`.
+    """What a quantizer has: a `Mu` and a `Scale`, which it learns; in a frozen model the rest.
 
-    A filter of Flax takes it for both: `nnx.state(model, compand_jax.nnx.Quantizer)`.
+    A filter of Flax takes it for all: `nnx.state(model, compand_jax.nnx.Quantizer)`.
     """
 
 
@@ -22,3 +22,14 @@ class Scale(Quantizer):
 
     `compand_jax.scale_from_rho` gives the scale.
     """
+
+
+class Codes(Quantizer):
+    """The codes of a frozen weight, packed: uint8 [bytes], with a stack's axes in front.
+
+    They are those of `compand_jax.quantize`, counted from the lowest level.
+    """
+
+
+class Table(Quantizer):
+    """Levels, thresholds or scales of a frozen layer, float32, with a stack's axes in front."""

@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
-from frozen_files import saved_model, sealed, split
+from frozen_files import mutate_json, mutations, saved_model, sealed, split
 from small_models import NormedNet
 
 import compand_jax as cj
@@ -234,28 +234,6 @@ def test_decompression_is_bounded(made, tmp_path):
         cj.load_frozen(path, NormedNet())
 
 
-def mutations(data, rng, count):
-    """Bits flipped, bytes set, parts cut out, doubled, moved, and the end cut off or lengthened."""
-    for i in range(count):
-        found = bytearray(data)
-        at, length = int(rng.integers(len(found))), int(rng.integers(1, 64))
-        match i % 6:
-            case 0:
-                found[at] ^= 1 << int(rng.integers(8))
-            case 1:
-                found[at] = (found[at] + int(rng.integers(1, 256))) % 256
-            case 2:
-                del found[at : at + length]
-            case 3:
-                found[at:at] = found[at : at + length]
-            case 4:
-                del found[at:]
-            case 5:
-                found += bytes(length)
-        if found != data:
-            yield bytes(found)
-
-
 def test_ten_thousand_damaged_files(made, tmp_path):
     data, path = made[0].read_bytes(), tmp_path / "damaged"
     rng, count = np.random.default_rng(0), 0
@@ -266,31 +244,6 @@ def test_ten_thousand_damaged_files(made, tmp_path):
         assert "\n" not in str(caught.value)
         count += 1
     assert count >= 10_000
-
-
-LEAVES = [None, True, -1, 0, 3, 2**40, 1e308, "", "zlib", "float64", [], [-1], [[]], {}, {"a": 1}]
-
-
-def mutate_json(tree, rng):
-    """Replaces, drops or adds one entry somewhere below."""
-    node = tree
-    while True:
-        keys = list(node) if isinstance(node, dict) else range(len(node))
-        if not keys:
-            return
-        key = keys[int(rng.integers(len(keys)))]
-        child = node[key]
-        if isinstance(child, dict | list) and child and rng.random() < 0.8:
-            node = child
-            continue
-        match int(rng.integers(3)):
-            case 0:
-                node[key] = LEAVES[int(rng.integers(len(LEAVES)))]
-            case 1:
-                del node[key]
-            case 2 if isinstance(node, dict):
-                node[f"{key}~2/x"] = child
-        return
 
 
 def test_sealed_files_of_another_content(made, tmp_path):

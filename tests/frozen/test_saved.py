@@ -158,7 +158,7 @@ def test_a_cache_that_is_longer_than_the_sample(tmp_path):
 def test_no_model(tmp_path):
     path, *_ = saved_model(tmp_path / "x.safetensors")
     for model, got in ((NormedNet, "the class NormedNet"), (None, "NoneType"), ("x", "str")):
-        with pytest.raises(ValueError, match=f"flax.linen Module that was frozen, got {got}: make"):
+        with pytest.raises(ValueError, match=f"the Flax module that was frozen, got {got}: make"):
             cj.load_frozen(path, model)
     for model in (Sum(), nn.Dense(6), nn.Sequential([]), Tokens()):
         with pytest.raises(

@@ -1,11 +1,17 @@
 """Every kind of NNX layer against quantizing by hand, and against the Linen layer."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
-from nnx_models import RNGS, draw, values_of, with_gradients, with_values
+from nnx_models import (
+    LAYERS,
+    RNGS,
+    draw,
+    run,
+    values_of,
+    with_gradients,
+    with_values,
+)
 from small_models import BITS, assert_same, assert_trained, normal, quantize_by_hand
 
 import compand_jax as cj
@@ -14,72 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:(site .*|the quantized model) is not calibrated"  # mu and scales are drawn here
 )
 
-IMAGE = (2, 5, 5, 4)
-
-# The NNX layer, the Linen one, the shape of the input, and the weight's output axes.
-LAYERS = {
-    "linear": (lambda **k: nnx.Linear(4, 6, **k), lambda **k: nn.Dense(6, **k), (5, 4), (-1,)),
-    "linear_general": (
-        lambda **k: nnx.LinearGeneral((4, 2), (2, 3), axis=(-2, -1), **k),
-        lambda **k: nn.DenseGeneral((2, 3), axis=(-2, -1), **k),
-        (5, 4, 2),
-        (-2, -1),
-    ),
-    "linear_general_batch": (
-        lambda **k: nnx.LinearGeneral(4, 6, batch_axis={0: 5}, **k),
-        lambda **k: nn.DenseGeneral(6, batch_dims=(0,), **k),
-        (5, 2, 4),
-        (-1,),
-    ),
-    "einsum": (
-        lambda **k: nnx.Einsum("...d,dhk->...hk", (4, 2, 3), (2, 3), **k),
-        lambda **k: nn.Einsum((4, 2, 3), "...d,dhk->...hk", **k),
-        (5, 4),
-        (-2, -1),
-    ),
-    "conv": (
-        lambda **k: nnx.Conv(4, 6, (3, 3), **k),
-        lambda **k: nn.Conv(6, (3, 3), **k),
-        IMAGE,
-        (-1,),
-    ),
-    "conv_depthwise": (
-        lambda **k: nnx.Conv(4, 4, (3, 3), feature_group_count=4, **k),
-        lambda **k: nn.Conv(4, (3, 3), feature_group_count=4, **k),
-        IMAGE,
-        (-1,),
-    ),
-    "conv_grouped": (
-        lambda **k: nnx.Conv(4, 6, (3, 3), feature_group_count=2, **k),
-        lambda **k: nn.Conv(6, (3, 3), feature_group_count=2, **k),
-        IMAGE,
-        (-1,),
-    ),
-    "conv_transpose": (
-        lambda **k: nnx.ConvTranspose(4, 6, (3, 3), (2, 2), **k),
-        lambda **k: nn.ConvTranspose(6, (3, 3), (2, 2), **k),
-        IMAGE,
-        (-1,),
-    ),
-    "conv_transpose_kernel": (
-        lambda **k: nnx.ConvTranspose(4, 6, (3, 3), (2, 2), transpose_kernel=True, **k),
-        lambda **k: nn.ConvTranspose(6, (3, 3), (2, 2), transpose_kernel=True, **k),
-        IMAGE,
-        (-2,),
-    ),
-    "attend": (lambda **k: nnx.Embed(7, 4, **k), lambda **k: nn.Embed(7, 4, **k), (5, 4), (-1,)),
-    "lora": (
-        lambda **k: nnx.LoRALinear(4, 6, lora_rank=2, lora_dtype=k.get("dtype"), **k),
-        None,
-        (5, 4),
-        (-1,),
-    ),
-}
 CELLS = [(jnp.float32, "channel"), (jnp.bfloat16, "tensor")]
-
-
-def run(layer, x):
-    return layer.attend(x) if isinstance(layer, nnx.Embed) else layer(x)
 
 
 @pytest.mark.parametrize(("dtype", "granularity"), CELLS)

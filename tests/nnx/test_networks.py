@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nnx_models import draw, values_of, with_gradients, with_values
+from nnx_models import (
+    Decoder,
+    Transformer,
+    draw,
+    split_linens,
+    values_of,
+    with_gradients,
+    with_values,
+)
 from small_models import (
     BITS,
     QUICKLY,
@@ -27,44 +35,6 @@ CONFIG = cj.QuantConfig(weight_bits=BITS, act_bits=BITS)
 def _flax_promotes():
     with jax.numpy_dtype_promotion("standard"):  # norms and cells do, in bfloat16
         yield
-
-
-class Transformer(nnx.Module):
-    """The `VisionTransformer` of Linen's tests."""
-
-    def __init__(self, rngs, dtype=None):
-        kwargs = {"dtype": dtype, "rngs": rngs}
-        self.patches = nnx.Conv(3, 8, (4, 4), strides=(4, 4), **kwargs)
-        self.position = nnx.Param(jnp.zeros((1, 4, 8)))
-        self.LayerNorm_0 = nnx.LayerNorm(8, **kwargs)
-        self.MultiHeadDotProductAttention_0 = nnx.MultiHeadAttention(2, 8, decode=False, **kwargs)
-        self.LayerNorm_1 = nnx.LayerNorm(8, **kwargs)
-        self.Dense_0 = nnx.Linear(8, 16, **kwargs)
-        self.Dense_1 = nnx.Linear(16, 8, **kwargs)
-        self.LayerNorm_2 = nnx.LayerNorm(8, **kwargs)
-        self.Dense_2 = nnx.Linear(8, 3, **kwargs)
-
-    def __call__(self, x):
-        x = self.patches(x)
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = x + self.position[...].astype(x.dtype)
-        x = x + self.MultiHeadDotProductAttention_0(self.LayerNorm_0(x))
-        x = x + self.Dense_1(nnx.gelu(self.Dense_0(self.LayerNorm_1(x))))
-        return self.Dense_2(self.LayerNorm_2(x.mean(1)))
-
-
-def split_linens(values):
-    """Returns values of an NNX model as Linen's params and compand."""
-    params, compand = {}, {}
-    for name, leaf in values.items():
-        if name == "promote_dtype":
-            compand |= leaf
-        elif isinstance(leaf, dict):
-            params[name], inner = split_linens(leaf)
-            compand |= {name: inner} if inner else {}
-        else:
-            params[name] = leaf
-    return params, compand
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
@@ -130,20 +100,6 @@ def test_gates_of_recurrent_cells(kind):
     (y, gradients), (other, other_gradients) = with_gradients(functions, values, x)
     assert_same(y, other, 5e-6)
     assert_same(gradients, other_gradients, 5e-5)
-
-
-class Decoder(nnx.Module):
-    """Tied embedding, causal attention with a cache of keys and values."""
-
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(7, 8, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
-        self.dense = nnx.Linear(8, 8, rngs=rngs)
-
-    def __call__(self, ids, decode=False):
-        x, mask = self.embed(ids), None if decode else nnx.make_causal_mask(ids)
-        x = x + self.attention(x, mask=mask, decode=decode)
-        return self.embed.attend(nnx.gelu(self.dense(x)))
 
 
 def test_a_decoder_with_a_cache():

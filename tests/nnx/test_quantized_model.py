@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from nnx_models import RNGS, draw, values_of, with_gradients, with_values
+from nnx_models import RNGS, Block, Stack, Tied, draw, values_of, with_gradients, with_values
 from small_models import BITS, assert_same, assert_trained, normal, quantize_by_hand
 
 import compand_jax as cj
@@ -22,46 +22,6 @@ X = normal(5, 4)
 
 def config(**kwargs):
     return cj.QuantConfig(**{"weight_bits": BITS, "act_bits": BITS, **kwargs})
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(4, 4, rngs=rngs)
-
-    def __call__(self, x):
-        return jnp.tanh(self.linear(x))
-
-
-class Tied(nnx.Module):
-    """A layer on two paths, a list, and a product that no hook reaches."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Linear(4, 4, rngs=rngs)
-        self.again = self.first
-        self.blocks = nnx.Sequential(Block(rngs), nnx.Linear(4, 2, rngs=rngs))
-        self.own = nnx.Param(jnp.ones((2, 3)))
-
-    def __call__(self, x):
-        return self.blocks(self.again(jnp.tanh(self.first(x)))) @ self.own[...]
-
-
-class Stack(nnx.Module):
-    """Blocks that `nnx.vmap` makes, run by `nnx.scan` or by `nnx.vmap`."""
-
-    def __init__(self, rngs, axes=0, run="scan"):
-        self.axes, self.run = axes, run
-        make = nnx.vmap(Block, in_axes=0)
-        self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
-        self.head = nnx.Linear(4, 2, rngs=rngs)
-
-    def __call__(self, x):
-        if self.run == "scan":
-            run = nnx.scan(
-                lambda block, x: block(x), in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry
-            )
-            return self.head(run(self.blocks, x))
-        run = nnx.vmap(lambda block, x: block(x), in_axes=(self.axes, None))
-        return self.head(jnp.sum(run(self.blocks, x), 0))
 
 
 SITES = ["blocks/layers/0/linear", "blocks/layers/1", "again"]
