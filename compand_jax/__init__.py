@@ -23,6 +23,10 @@ from compand_jax.layers.partition import partition_optimizer as partition_optimi
 from compand_jax.layers.sites import Site as Site
 from compand_jax.layers.sites import sites_from_json as sites_from_json
 from compand_jax.layers.sites import sites_to_json as sites_to_json
+from compand_jax.layers.transition_rate import (
+    scale_by_transition_rate as scale_by_transition_rate,
+)
+from compand_jax.linen.codes import weight_codes as weight_codes
 from compand_jax.linen.quantized_model import QuantizedModel as QuantizedModel
 from compand_jax.linen.quantized_model import quantize_model as quantize_model
 from compand_jax.models.torch_weights import import_state_dict as import_state_dict

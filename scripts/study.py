@@ -25,7 +25,8 @@ class Args:
     """Compares quantizers over bits, mu scopes, arrangements, networks, data and seeds."""
 
     preset: Annotated[str, tyro.conf.Positional]
-    """Which study: paper, literature, laptop, smoke or vgg19-short."""
+    """Which study: paper, literature, laptop, levers, smoke or
+    vgg19-short."""
     out: Path
     """Directory of the study: parents, cells, records."""
     dry_run: bool = False

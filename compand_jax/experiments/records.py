@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +19,7 @@ import jax
 
 from compand_jax.experiments.errors import UserError
 
+_PACKAGE = Path(__file__).parents[1]
 _PACKAGES = ("compand-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
@@ -53,7 +56,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def provenance(packages: Sequence[str] = ()) -> dict:
-    """Returns what a result was made with: versions, devices, and the date in UTC.
+    """Returns what a result was made with: versions, source, devices, and the date in UTC.
 
     Args:
       packages: distributions to name besides this project's own dependencies.
@@ -63,9 +66,23 @@ def provenance(packages: Sequence[str] = ()) -> dict:
     return {
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in (*_PACKAGES, *packages)},
+        "source": source_digest(),
         "devices": f"{len(devices)} x {_cpu_model() if kind == 'cpu' else kind}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def source_digest() -> str:
+    """Returns 16 hexadecimal digits of this package's source, as it was at the first call.
+
+    They are the first ones of the SHA-256 of its .py files, with their paths, in order.
+    """
+    total = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        text = path.read_bytes()
+        total.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(text)}\n".encode() + text)
+    return total.hexdigest()[:16]
 
 
 def make_writable(directories: Mapping[str, tuple[Path, int]]) -> None:

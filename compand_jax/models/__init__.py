@@ -27,6 +27,9 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     }
 )
 
+FIRST_AND_LAST = ("conv1", "dense")
+"""The first and the last layer of each of them, which low-bit literature often gives more bits."""
+
 
 def create_model(
     name: str,

@@ -24,7 +24,7 @@ from compand_jax.data.packages import needed_for
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import data_mesh, everywhere, is_main, replicate, split
 from compand_jax.training.metrics_log import append_log, truncate_log
-from compand_jax.training.steps import TrainState, train_step
+from compand_jax.training.steps import Teacher, TrainState, train_step
 
 with needed_for("training", "tqdm"):
     from tqdm import tqdm
@@ -72,8 +72,10 @@ def make_chunk(
     model: Any,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
-    """Returns the compiled call `chunk(state, train_images, train_labels)`, whose state is donated.
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """Returns the compiled call `chunk(state, train_images, train_labels, teacher=None)`.
+
+    Its state is donated.
 
     It returns the state some steps later and, over these steps, `loss` (sum of the means),
     `correct` (sum), `bad_step` (first step whose loss is not finite, or -1), `finite` (whether
@@ -87,7 +89,7 @@ def make_chunk(
     make_batch = _batch_maker(data, config, mesh)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=everywhere(mesh))
-    def chunk(state, images, labels):
+    def chunk(state, images, labels, teacher=None):
         # A chunk never crosses the end of an epoch, so one permutation does.
         epoch_key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step // per_epoch)
         order = jax.random.permutation(epoch_key, n)
@@ -95,7 +97,7 @@ def make_chunk(
         def body(carry, _):
             state, sums = carry
             batch = make_batch(state, images, labels, order)
-            after, measured = train_step(state, *batch, model=model, tx=tx)
+            after, measured = train_step(state, *batch, model=model, tx=tx, teacher=teacher)
             return (after, _add(sums, measured, state.step)), None
 
         sums = {"loss": jnp.float32(0), "correct": jnp.int32(0), "bad_step": jnp.int32(-1)}
@@ -147,6 +149,8 @@ def fit(
     describe: Callable[[TrainState], dict] | None = None,
     progress: str | None = None,
     devices: Sequence[Any] | None = None,
+    teacher: Teacher | None = None,
+    at_end: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Returns the state after `config.epochs` epochs, counted from step 0.
 
@@ -167,6 +171,9 @@ def fit(
       progress: label of the progress bar; None shows none.
       devices: data-parallel over these; by default all of all processes. Logs, checkpoints and
         the progress bar are those of the main process.
+      teacher: mixes its answers into the loss, see `Teacher`; None trains on the labels alone.
+      at_end: called with the state after the last step, before it is saved; what it returns is
+        the result.
 
     Raises:
       ValueError: if a batch is larger than the split or does not divide over the devices.
@@ -179,7 +186,7 @@ def fit(
     per_epoch, length = config.steps_per_epoch(n), config.steps_a_call(n)
     step, total = int(state.step), config.epochs * per_epoch
     state = replicate(state, mesh)  # a copy, because it is donated
-    images, labels = replicate((data.train_images, data.train_labels), mesh)
+    images, labels, teacher = replicate((data.train_images, data.train_labels, teacher), mesh)
     if not is_main():
         log = progress = None
     if log is not None:
@@ -192,7 +199,7 @@ def fit(
     ) as bar:
         while step < total:
             began = time.perf_counter()
-            state, sums = chunk(state, images, labels)
+            state, sums = chunk(state, images, labels, teacher)
             sums, described = jax.device_get((sums, describe(state) if describe else {}))
             step += length
             _check_finite(sums, step, checkpoints)
@@ -204,6 +211,8 @@ def fit(
             bar.update(length)
             shown = {"loss": f"{row['loss']:.3f}", "accuracy": f"{row['accuracy']:.1f}%"}
             bar.set_postfix(shown, refresh=False)
+            if step == total and at_end is not None:
+                state = at_end(state)
             due = step % (config.checkpoint_every * per_epoch) == 0 or step == total
             if checkpoints is not None and due:
                 checkpoints.save(step, state, metadata)

@@ -59,6 +59,47 @@ def create_state(
     return TrainState(jnp.int32(0), params, model_state, tx.init(params), key)
 
 
+class Teacher(struct.PyTreeNode):
+    """A network whose answers another one learns along with the labels.
+
+    Attributes:
+      variables: the network's.
+      model: applied with `train=False`.
+      weight: w, the share of the loss that is the teacher's, from 0 to 1.
+      temperature: T > 0, of both softmaxes.
+    """
+
+    variables: Any
+    model: Any = struct.field(pytree_node=False)
+    weight: float = struct.field(pytree_node=False, default=0.5)
+    temperature: float = struct.field(pytree_node=False, default=4.0)
+
+    def mixed(
+        self,
+        losses: Float[Array, " batch"],
+        logits: Float[Array, "batch classes"],
+        images: Float[Array, "batch h w c"],
+    ) -> Float[Array, " batch"]:
+        """Returns (1 - w) loss - w T^2 sum_c p_c log q_c, p and q being softmax(logits / T).
+
+        T^2 keeps the gradients' size, as they fall with 1/T^2.
+
+        Args:
+          losses: to the labels.
+          logits: the learning network's, of q.
+          images: what the teacher answers, by p.
+
+        Gradient: in `losses` and `logits`.
+
+        Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015,
+        arXiv 1503.02531, section 2.
+        """
+        own = self.model.apply(self.variables, images, train=False).astype(jnp.float32)
+        p = jax.nn.softmax(jax.lax.stop_gradient(own) / self.temperature)
+        soft = optax.softmax_cross_entropy(logits / self.temperature, p)
+        return (1 - self.weight) * losses + self.weight * self.temperature**2 * soft
+
+
 def train_step(
     state: TrainState,
     images: Float[Array, "batch h w c"],
@@ -66,6 +107,7 @@ def train_step(
     *,
     model: Model,
     tx: optax.GradientTransformation,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Returns the state after one step on the mean cross-entropy, and what the step measured.
 
@@ -75,6 +117,7 @@ def train_step(
       labels: in [0, number of classes).
       model: applied with `train=True`; its collections but `TRAINABLE` are mutable.
       tx: the state's optimizer.
+      teacher: mixes its own answers into the loss; None leaves the labels alone.
 
     Returns:
       The state, and `loss` (float32, nats, mean of the batch) and `correct` (int32, of the batch),
@@ -91,6 +134,8 @@ def train_step(
         )
         logits = logits.astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if teacher is not None:
+            losses = teacher.mixed(losses, logits, images)
         return losses.mean(), (model_state, (logits.argmax(-1) == labels).sum(dtype=jnp.int32))
 
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)

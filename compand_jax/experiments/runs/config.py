@@ -40,6 +40,7 @@ CONTROL = Method(None)
 METHODS = (CONTROL, Method("uniform"), *(Method("mu_law", scope) for scope in MU_SCOPES))
 METHODS_BY_NAME = {method.name: method for method in METHODS}
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZER_OPTIMIZERS = ("adam", "sgd")
 DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir", "parent_dir")
 PATH_FIELDS = (*DIRECTORY_FIELDS, "state_dict")
 # What changes no result but for rounding, so that a run may go on with another value.
@@ -54,6 +55,13 @@ FINETUNE_FIELDS = (
     "calibration_batches",
     "calibration_mu",
     "quant",
+    "first_last_bits",
+    "quantizer_optimizer",
+    "transition_rate",
+    "preceding_bits",
+    "distillation_weight",
+    "distillation_temperature",
+    "batch_stats_batches",
 )
 
 
@@ -120,6 +128,32 @@ class RunConfig:
     mu-learning-rate 0 it stays there."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantization."""
+    first_last_bits: int | None = None
+    """Bits of weight and input of the first and the last layer, 1 to 8, on the grid midtread; None
+    for those of all others. Most of the low-bit literature, such as LSQ (Esser et al., ICLR 2020),
+    has 8."""
+    quantizer_optimizer: str = "adam"
+    """What moves mu and scale: adam, in their trainable forms; or sgd, of mu and scale themselves,
+    with Nesterov momentum 0.9, as LSQ does with quant.scale-gradient lsq. Adam's steps are the same
+    whatever factor the gradients have."""
+    transition_rate: float | None = None
+    """Peak share of the quantized weights that change their level in a step, 0 to 1: with the
+    schedule of the learning rates, it takes the place of that of these weights, which follows from
+    it (SGDT: Lee et al., ICCV 2025, arXiv 2404.19248). None for learning rates."""
+    preceding_bits: tuple[int, ...] = ()
+    """Bits of weights and activations that a quantized fine-tuning goes through first, each from
+    where the one before ended, each for finetune-epochs (APoT: Li et al., ICLR 2020); the control
+    has as many epochs in all. Such as 4 3 before 2."""
+    distillation_weight: float = 0.0
+    """Share of the fine-tuning's loss that is the cross-entropy to what the full-precision network
+    says at distillation-temperature, 0 to 1 (Hinton et al., 2015, arXiv 1503.02531; for low bits
+    Mishra and Marr, "Apprentice", ICLR 2018). The control has it too."""
+    distillation_temperature: float = 4.0
+    """Temperature T of both softmaxes, above 0; the loss is multiplied by T^2."""
+    batch_stats_batches: int = 0
+    """Training batches that batch norms' statistics are estimated from anew at the end of the
+    fine-tuning, of the control's too (Nagel et al., "Overcoming oscillations in
+    quantization-aware training", ICML 2022); 0 leaves them as trained."""
     steps_per_call: int = 2
     """Most training steps in one compiled call; metrics are logged once a call. On a CPU the
     compilation time grows with it."""
@@ -151,6 +185,17 @@ class RunConfig:
         started = self.state_dict is not None or self.parent_dir is not None
         require(self, "epochs", self.epochs > 0 or started,
                  "an integer of at least 1, or 0 with `state_dict` or `parent_dir`")  # fmt: skip
+        bits = [self.first_last_bits] if self.first_last_bits is not None else []
+        ok = all(type(each) is int and 1 <= each <= 8 for each in bits)
+        require(self, "first_last_bits", ok, "None or an integer from 1 to 8")
+        ok = all(type(each) is int and 2 <= each <= 8 for each in self.preceding_bits)
+        require(self, "preceding_bits", ok, "integers from 2 to 8")
+        rate = self.transition_rate
+        ok = rate is None or (isinstance(rate, int | float) and 0 < rate <= 1)
+        require(self, "transition_rate", ok, "None or a number above 0, at most 1")
+        require(self, "distillation_weight", 0 <= self.distillation_weight <= 1, "from 0 to 1")
+        require(self, "distillation_temperature", 0 < self.distillation_temperature < math.inf,
+                 "a finite number above 0")  # fmt: skip
         mu = self.calibration_mu
         ok = mu is None or (isinstance(mu, int | float) and 0 <= mu <= MU_MAX)
         require(self, "calibration_mu", ok, f"None or a number from 0 to {MU_MAX:g}")
@@ -166,8 +211,9 @@ _CHOICES = {
     "block_order": BLOCK_ORDERS,
     "dtype": DTYPES,
     "calibration": CALIBRATIONS,
+    "quantizer_optimizer": QUANTIZER_OPTIMIZERS,
 }
-_INTEGERS = dict.fromkeys(("seed", "epochs", "pad"), 0) | dict.fromkeys(
+_INTEGERS = dict.fromkeys(("seed", "epochs", "pad", "batch_stats_batches"), 0) | dict.fromkeys(
     ("finetune_epochs", "batch_size", "calibration_batches", "steps_per_call", "checkpoint_every"),
     1,
 )
@@ -204,7 +250,7 @@ def from_json(stored: dict) -> RunConfig:
     for name in PATH_FIELDS:
         if fields.get(name) is not None:
             fields[name] = Path(fields[name])
-    for name in ("mean", "std"):
+    for name in ("mean", "std", "preceding_bits"):
         if fields.get(name) is not None:
             fields[name] = tuple(fields[name])
     names = fields.get("methods", METHODS_BY_NAME)

@@ -111,7 +111,12 @@ def read_results(run_dir: str | Path) -> list[dict]:
 
 
 def _begun(run_dir: Path) -> list[Method]:
-    return [method for name, method in METHODS_BY_NAME.items() if (run_dir / name).is_dir()]
+    """Returns the methods that have begun, at the run's bits or at those before them."""
+    return [
+        method
+        for name, method in METHODS_BY_NAME.items()
+        if (run_dir / name).is_dir() or any(run_dir.glob(f"w?a?/**/{name}"))
+    ]
 
 
 def _read_stored(path: Path) -> dict[str, Any]:

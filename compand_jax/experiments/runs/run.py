@@ -5,6 +5,7 @@ A run that was stopped goes on at its last checkpoint; what is finished is not r
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,16 @@ from compand_jax.experiments.runs.config import (
     to_json,
 )
 from compand_jax.experiments.runs.directory import open_run_dir
+from compand_jax.experiments.runs.levers import preceding
 from compand_jax.experiments.runs.report import write_reports
-from compand_jax.experiments.runs.stages import Stage, finished, make_stage, start_or_resume
+from compand_jax.experiments.runs.stages import (
+    Stage,
+    estimate_statistics,
+    finished,
+    make_stage,
+    make_teacher,
+    start_or_resume,
+)
 from compand_jax.layers.model_size import model_bytes
 from compand_jax.training.distributed import is_main, wait_for_all
 from compand_jax.training.fit import check_devices, fit
@@ -83,14 +92,25 @@ def train_stages(config: RunConfig, data: ImageData, *, progress: bool = True) -
     names = [method.name for method in METHODS if method in config.methods]
     if config.parent_dir is None:
         names.insert(0, FULL_PRECISION)
-    stages = [make_stage(config, data, name) for name in names]
+    stages = [found for name in names for found in _with_preceding(config, data, name)]
     if is_main():
         # Two checkpoints are kept while the next is written.
-        open_run_dir(config, 3 * sum(stage.state_bytes for stage in stages))
+        open_run_dir(config, 3 * sum(stage.state_bytes for _, stage in stages))
     wait_for_all("run directory")
     with _writable(config):
-        for stage in stages:
-            _run_stage(config, stage, progress)
+        for own, stage in stages:
+            _run_stage(own, stage, progress)
+
+
+def _with_preceding(
+    config: RunConfig, data: ImageData, name: str
+) -> Iterator[tuple[RunConfig, Stage]]:
+    """Yields a stage, those of more bits that come before it first, each with its run."""
+    method = METHODS_BY_NAME.get(name)
+    before = None if method is None or method.quantizer is None else preceding(config)
+    if before is not None:
+        yield from _with_preceding(before, data, name)
+    yield config, make_stage(config, data, name)
 
 
 @contextlib.contextmanager
@@ -127,7 +147,7 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
         return
     with stage.checkpoints() as checkpoints:
         stage, state, metadata = start_or_resume(stage, checkpoints)
-        stage.directory.mkdir(exist_ok=True)
+        stage.directory.mkdir(parents=True, exist_ok=True)
         with user_errors(FloatingPointError):  # it diverges
             state = fit(
                 state,
@@ -140,6 +160,8 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
                 log=log,
                 describe=_description(stage),
                 progress=stage.name if progress else None,
+                teacher=make_teacher(config, stage),
+                at_end=functools.partial(estimate_statistics, config, stage),
             )
         if not checkpoints.steps():  # there was nothing to train
             checkpoints.save(int(state.step), state, metadata)
@@ -163,6 +185,11 @@ def _description(stage: Stage) -> Callable[[TrainState], dict[str, Any]]:
     return describe
 
 
+def _epochs(config: RunConfig, stage: Stage) -> int:
+    """Returns a stage's epochs, those at more bits before it counted."""
+    return stage.fit.epochs * (1 + len(config.preceding_bits) if stage.quantized else 1)
+
+
 def _result(
     config: RunConfig, stage: Stage, state: TrainState, metadata: dict[str, Any]
 ) -> dict[str, Any]:
@@ -181,7 +208,7 @@ def _result(
         "model_bytes": model_bytes(state.variables, quantized and quantized.sites),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "steps": int(state.step),
-        "epochs": stage.fit.epochs,
+        "epochs": _epochs(config, stage),
     }
     if quantized is not None:
         values = jax.device_get(quantized.quantizers(state.variables))

@@ -11,21 +11,21 @@ from typing import Any
 import jax
 import optax
 
-from compand_jax.data.calibration_images import sample_training_images
+from compand_jax.data.calibration_images import CalibrationImages, sample_training_images
 from compand_jax.data.images import ImageData, normalize
 from compand_jax.experiments.errors import UserError, user_errors
 from compand_jax.experiments.runs.config import FULL_PRECISION, METHODS_BY_NAME, Method, RunConfig
 from compand_jax.experiments.runs.directory import read_config
-from compand_jax.layers.partition import partition_optimizer
+from compand_jax.experiments.runs.levers import preceding, quant_of
+from compand_jax.experiments.runs.optimizer import make_optimizer, make_schedules
 from compand_jax.layers.sites import sites_from_json, sites_to_json
+from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 from compand_jax.models import create_model
 from compand_jax.models.torch_weights import import_state_dict, load_npz_state_dict
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.fit import FitConfig
-from compand_jax.training.steps import Model, TrainState, create_state, evaluate
-
-_MOMENTUM = 0.9
+from compand_jax.training.steps import Model, Teacher, TrainState, create_state, evaluate
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +92,8 @@ def make_stage(config: RunConfig, data: ImageData, name: str) -> Stage:
     """
     method = None if name == FULL_PRECISION else METHODS_BY_NAME[name]
     epochs = config.epochs if method is None else config.finetune_epochs
+    if method is not None and method.quantizer is None:
+        epochs *= 1 + len(config.preceding_bits)  # as many as the others have in all
     fields: dict[str, Any] = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(FitConfig)
     }
@@ -99,18 +101,10 @@ def make_stage(config: RunConfig, data: ImageData, name: str) -> Stage:
     with user_errors(ValueError):  # a batch that is too large
         per_epoch = fit.steps_per_epoch(len(data.train_labels))
     model = create_model(config.model, data.num_classes, config.block_order, config.dtype)
-    rates = {"learning_rate": config.learning_rate}
-    if method is not None:
-        rates["learning_rate"] = config.finetune_learning_rate
     if method is not None and method.quantizer is not None:
-        mu_scope = method.mu_scope or config.quant.mu_scope
-        quant = dataclasses.replace(config.quant, quantizer=method.quantizer, mu_scope=mu_scope)
-        model = quantize_model(model, quant)
-        rates["mu_learning_rate"] = config.mu_learning_rate
-        rates["scale_learning_rate"] = config.scale_learning_rate
-    warmup = round(config.warmup_epochs * per_epoch)
-    schedules = {rate: _schedule(peak, epochs * per_epoch, warmup) for rate, peak in rates.items()}
-    tx = _optimizer(schedules, config.weight_decay)
+        model = quantize_model(model, quant_of(config, method))
+    schedules = make_schedules(config, method, epochs * per_epoch, per_epoch)
+    tx = make_optimizer(config, schedules, model)
     init_key, first_key, finetune_key = _keys(config.seed)
     key = first_key if method is None else finetune_key
     sample = normalize(data.train_images[:1], data.mean, data.std)
@@ -138,27 +132,78 @@ def _start(
             return model, initialize()
         with user_errors(OSError, ValueError):
             return model, import_state_dict(load_npz_state_dict(config.state_dict), model)
-    parent = config if config.parent_dir is None else read_config(config.parent_dir)
-    variables = finished(parent, data, FULL_PRECISION)[1].variables
+    before = None if method.quantizer is None else preceding(config)
+    if before is None:
+        variables = _parent(config, data)[1].variables
+    else:
+        variables = finished(before, data, method.name)[1].variables
     if method.quantizer is None:
         return model, variables
-    key = jax.random.fold_in(_keys(config.seed)[2], 2)
-    images = sample_training_images(
+    return model.calibrate(
+        variables,
+        _training_images(config, data, config.calibration_batches, purpose=2),
+        calibration=config.calibration,
+        mu=config.calibration_mu,
+        train=False,
+    )
+
+
+def _parent(config: RunConfig, data: ImageData) -> tuple[Stage, TrainState]:
+    """Returns the full precision that a run's fine-tunings start from, and its last state."""
+    parent = config if config.parent_dir is None else read_config(config.parent_dir)
+    return finished(parent, data, FULL_PRECISION)
+
+
+def _training_images(
+    config: RunConfig, data: ImageData, batches: int, purpose: int
+) -> CalibrationImages:
+    key = jax.random.fold_in(_keys(config.seed)[2], purpose)
+    return sample_training_images(
         data,
-        config.calibration_batches * config.batch_size,
+        batches * config.batch_size,
         key,
         key,
         pad=config.pad,
         flip=config.flip,
         batch_size=config.batch_size,
     )
-    return model.calibrate(
-        variables,
-        images,
-        calibration=config.calibration,
-        mu=config.calibration_mu,
-        train=False,
+
+
+def make_teacher(config: RunConfig, stage: Stage) -> Teacher | None:
+    """Returns what a stage learns from beside the labels: the full-precision parent, or nothing.
+
+    Raises:
+      UserError: if the parent's full precision has no sound checkpoint.
+    """
+    if stage.name == FULL_PRECISION or config.distillation_weight == 0:
+        return None
+    parent, state = _parent(config, stage.data)
+    return Teacher(
+        state.variables,
+        parent.model,
+        config.distillation_weight,
+        config.distillation_temperature,
     )
+
+
+def estimate_statistics(config: RunConfig, stage: Stage, state: TrainState) -> TrainState:
+    """Returns a state whose batch norms have the statistics of some training batches.
+
+    It is the same where none are asked for, in full precision, and without batch norms.
+    """
+    variables = jax.device_get(state.variables)
+    if stage.name == FULL_PRECISION or not config.batch_stats_batches:
+        return state
+    if "batch_stats" not in variables:
+        return state
+
+    @jax.jit
+    def update(variables: Mapping[str, Any], args: tuple) -> Any:
+        return update_batch_stats(stage.model.apply, variables, args, {"train": False})
+
+    images = _training_images(config, stage.data, config.batch_stats_batches, purpose=3)
+    stats = estimate_batch_stats(variables, images, update)
+    return state.replace(model_state={**state.model_state, "batch_stats": stats})
 
 
 def start_or_resume(
@@ -238,29 +283,3 @@ def _keys(seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the keys of initialization, of full-precision training, of every fine-tuning."""
     first, second, third = jax.random.split(jax.random.key(seed), 3)
     return first, second, third
-
-
-def _schedule(peak: float, steps: int, warmup: int) -> optax.Schedule:
-    if steps == 0:
-        return optax.constant_schedule(0.0)
-    warmup = min(warmup, steps // 2)
-    if warmup == 0:
-        return optax.cosine_decay_schedule(peak, steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, steps)
-
-
-def _optimizer(
-    schedules: Mapping[str, optax.Schedule], weight_decay: float
-) -> optax.GradientTransformation:
-    weights = optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=_is_kernel),
-        optax.sgd(schedules["learning_rate"], momentum=_MOMENTUM, nesterov=True),
-    )
-    if "mu_learning_rate" not in schedules:
-        return weights
-    mu, scale = (optax.adam(schedules[f"{name}_learning_rate"]) for name in ("mu", "scale"))
-    return partition_optimizer(weights=weights, mu=mu, scale=scale)
-
-
-def _is_kernel(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -5,7 +5,7 @@ is one for all cells of a network, data set and arrangement; the seed is that of
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from typing import Any
 
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs.config import CONTROL, METHODS, Method, RunConfig
+from compand_jax.experiments.runs.levers import OF_QUANTIZED_NETWORKS, levers
 from compand_jax.experiments.runs.presets import preset
 from compand_jax.layers.config import QuantConfig, Rule
 from compand_jax.models import BLOCK_ORDERS
@@ -66,6 +67,11 @@ class Cell:
         return FIXED_CALIBRATED if self.config.calibration_mu is None else FIXED_255
 
     @property
+    def levers(self) -> tuple[str, ...]:
+        """What else is on, as `levers` names it."""
+        return levers(self.config, self.method)
+
+    @property
     def parent_name(self) -> str:
         """The parent's directory."""
         imported = "" if self.parent.state_dict is None else "-imported"
@@ -79,7 +85,8 @@ class Cell:
         else:
             what = f"w{self.bits}a{self.bits}-{self.method.name}"
         fixed = "" if self.mu in (None, LEARNED) else f"-{self.mu}"
-        return f"{self.parent_name}-{what}{fixed}-seed{self.config.seed}"
+        on = "".join(f"-{name}" for name in ["+".join(self.levers)] if name)
+        return f"{self.parent_name}-{what}{fixed}{on}-seed{self.config.seed}"
 
 
 def network(config: RunConfig) -> str:
@@ -95,6 +102,7 @@ def grid(
     seeds: Sequence[int] = (0,),
     mu: str = LEARNED,
     ends: Rule | None = None,
+    quant: Mapping[str, Any] = MappingProxyType({}),
     **finetuning: Any,
 ) -> list[Cell]:
     """Returns the cells of every seed, the control (if it is among the methods) first.
@@ -107,25 +115,30 @@ def grid(
       seeds: of the fine-tuning.
       mu: how the mu-law's mu is found.
       ends: a rule for the first and the last layer.
+      quant: further fields of the quantization.
       **finetuning: fields of the fine-tuning.
     """
     found = []
     for seed in seeds:
         fields = {**finetuning, "seed": seed, "state_dict": None, "parent_dir": Path()}
         if CONTROL in methods:
-            config = dataclasses.replace(parent, **fields, methods=(CONTROL,))
+            own = {name: fields[name] for name in fields if name not in OF_QUANTIZED_NETWORKS}
+            config = dataclasses.replace(parent, **own, methods=(CONTROL,))
             found.append(Cell(parent, config))
         fields |= _MU_FIELDS[mu]
         for count in bits:
-            quant = QuantConfig(
+            config_of_bits = QuantConfig(
                 weight_bits=count,
                 act_bits=count,
                 grid="midrise" if count == 2 else "midtread",
                 rules=() if ends is None else (ends,),
+                **quant,
             )
             for method in methods:
                 if method != CONTROL:
-                    config = dataclasses.replace(parent, **fields, methods=(method,), quant=quant)
+                    config = dataclasses.replace(
+                        parent, **fields, methods=(method,), quant=config_of_bits
+                    )
                     found.append(Cell(parent, config))
     return found
 
@@ -168,18 +181,74 @@ def _paper(checkpoint: Path | None) -> list[Cell]:
             warmup_epochs=1.0,
             finetune_epochs=2,
         )
-        alexnet = dataclasses.replace(
-            preset(f"alexnet-{dataset}"),
-            model="alexnet-bn",
-            epochs=60,
-            learning_rate=0.05,
-            finetune_epochs=10,
-        )
-        parents = [*_orders(alexnet), *_orders(vgg)]
+        parents = [*_orders(_alexnet(dataset)), *_orders(vgg)]
         for seed in range(3):
             for parent in parents:
                 found += grid(parent, bits=(4, 2, 3, 8), seeds=(seed,))
     return found
+
+
+def _alexnet(dataset: str) -> RunConfig:
+    return dataclasses.replace(
+        preset(f"alexnet-{dataset}"),
+        model="alexnet-bn",
+        epochs=60,
+        learning_rate=0.05,
+        finetune_epochs=10,
+    )
+
+
+def _levers(checkpoint: Path | None) -> list[Cell]:
+    return lever_cells(dataclasses.replace(_alexnet("cifar10"), finetune_epochs=3))
+
+
+def lever_cells(parent: RunConfig) -> list[Cell]:
+    """Returns the cells that try each lever alone, and some together, at 2 and then at 3 bits.
+
+    Uniform and mu-law levels have each, the control those that are not about quantization. All
+    have as many epochs.
+
+    Args:
+      parent: the full-precision run, with three epochs of fine-tuning.
+    """
+    found: dict[str, Cell] = {}
+    for bits, before in ((2, (4, 3)), (3, (5, 4))):
+        for fields in _lever_fields(parent, before):
+            methods = (UNIFORM, PER_LAYER)
+            if "preceding_bits" not in fields:
+                methods = (CONTROL, *methods)
+            for cell in grid(parent, bits=(bits,), methods=methods, **fields):
+                found.setdefault(cell.name, cell)  # they have most controls in common
+    return list(found.values())
+
+
+def _lever_fields(parent: RunConfig, before: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Returns what differs from a plain fine-tuning, the most promising first."""
+    rate = parent.finetune_learning_rate
+    standardize = {"quant": {"weight_standardization": True}}
+    ends, distill = {"first_last_bits": 8}, {"distillation_weight": 0.5}
+    statistics = {"batch_stats_batches": 50}
+    lsq = {
+        "quant": {"scale_gradient": "lsq", "mu_gradient": "lsq"},
+        "quantizer_optimizer": "sgd",
+        "mu_learning_rate": rate,
+        "scale_learning_rate": rate,
+    }
+    progressive = {
+        "preceding_bits": before,
+        "finetune_epochs": parent.finetune_epochs // (1 + len(before)),
+    }
+    return [
+        {},
+        standardize,
+        ends,
+        {"transition_rate": 2e-3},
+        lsq,
+        distill,
+        standardize | ends | distill | statistics,
+        progressive,
+        statistics,
+    ]
 
 
 def _literature(checkpoint: Path | None) -> list[Cell]:
@@ -218,6 +287,7 @@ _PRESETS: dict[str, Callable[[Path | None], list[Cell]]] = {
     "paper": _paper,
     "literature": _literature,
     "laptop": _laptop,
+    "levers": _levers,
     "smoke": _smoke,
     "vgg19-short": _vgg19_short,
 }
@@ -226,6 +296,7 @@ STUDIES = MappingProxyType(
         "paper": "AlexNet and VGG19 on CIFAR-10 and CIFAR-100, at 8, 4, 3 and 2 bits",
         "literature": "ResNet-20 and VGG-Small on CIFAR-10, first and last layer at 8 bits",
         "laptop": "AlexNet on CIFAR-10, at 4, 3 and 2 bits",
+        "levers": "AlexNet on CIFAR-10 at 2 and 3 bits, with what else lifts accuracy on and off",
         "smoke": "the digits, in two minutes",
         "vgg19-short": "VGG19 on CIFAR-10, too short a training to judge it by",
     }

@@ -49,7 +49,8 @@ def _trainings(study: Study, cells: Sequence[Cell]) -> Iterator[tuple[str, RunCo
             parent = study.parent_run(cell)
             yield f"parents/{cell.parent_name}", parent, parent.epochs, is_finished
         config = study.cell_run(cell)
-        yield cell.name, config, config.finetune_epochs, study.is_finished(cell)
+        epochs = config.finetune_epochs * (1 + len(config.preceding_bits))
+        yield cell.name, config, epochs, study.is_finished(cell)
 
 
 def _step_seconds(study: Study) -> dict[tuple[str, str, bool], float]:

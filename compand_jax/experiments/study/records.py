@@ -19,20 +19,22 @@ from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import read_json
 from compand_jax.experiments.runs.config import CONTROL, FULL_PRECISION, RunConfig
 from compand_jax.experiments.runs.directory import read_config
+from compand_jax.experiments.runs.levers import quant_of
 from compand_jax.experiments.runs.stages import finished
 from compand_jax.experiments.study.grid import Cell
 from compand_jax.experiments.text import thin
 from compand_jax.layers.summary import site_weight
 from compand_jax.linen.quantized_model import QuantizedModel
+from compand_jax.models import FIRST_AND_LAST
 from compand_jax.training.metrics_log import read_log
 
 ROW = (
     "network", "dataset", "method", "weight_bits", "act_bits", "mu_scope", "arrangement", "seed",
     "epochs", "accuracy", "full_precision_accuracy", "device", "stage", "mu", "first_last_bits",
-    "weight_grid", "learning_rate", "calibrated_accuracy", "parent_accuracy", "parent_epochs",
-    "model_bytes", "steps", "seconds", "date", "name",
+    "weight_grid", "levers", "learning_rate", "calibrated_accuracy", "parent_accuracy",
+    "parent_epochs", "model_bytes", "steps", "seconds", "date", "name",
 )  # fmt: skip
-"""The columns of results.csv; `stage` is parent, control or cell."""
+"""The columns of results.csv; `stage` is parent, control or cell, `levers` names by spaces."""
 
 _CURVE_ROWS = 40
 _BINS = 60
@@ -48,6 +50,8 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     record = read_json(path)
     row = record.get("row") if isinstance(record, dict) else None
+    if isinstance(row, dict):  # what was recorded before there were levers has none
+        row = record["row"] = {"levers": ""} | row
     if not isinstance(row, dict) or set(row) != set(ROW) or row["name"] != path.stem:
         raise UserError(
             f"`directory` must hold this version's records, got {path} with another row: delete "
@@ -67,7 +71,7 @@ def parent_record(name: str, run_dir: Path) -> dict[str, Any]:
         "parent_accuracy": row["accuracy"],
         "parent_epochs": row["epochs"],
     }
-    return {"row": row, "curve": _curve(run_dir / FULL_PRECISION), "versions": result["versions"]}
+    return {"row": row, "curve": _curve(run_dir / FULL_PRECISION)} | _made_with(result)
 
 
 def cell_record(cell: Cell, run_dir: Path, parent_dir: Path, data: ImageData) -> dict[str, Any]:
@@ -84,19 +88,20 @@ def cell_record(cell: Cell, run_dir: Path, parent_dir: Path, data: ImageData) ->
     result = read_json(stage_dir / "result.json")
     parent = read_json(parent_dir / FULL_PRECISION / "result.json")
     control = cell.method == CONTROL
-    rules = config.quant.rules
+    quant = None if control else quant_of(config, cell.method)
     row = _row(cell.name, config, result)
     row |= {
         "method": FULL_PRECISION if control else cell.method.quantizer,
         "stage": "control" if control else "cell",
         "mu": cell.mu,
-        "first_last_bits": None if control else rules[0].weight_bits if rules else cell.bits,
-        "weight_grid": None if control else config.quant.grid,
+        "first_last_bits": quant and quant.at(FIRST_AND_LAST[0]).weight_bits,
+        "weight_grid": quant and quant.grid,
+        "levers": " ".join(cell.levers),
         "learning_rate": config.finetune_learning_rate,
         "parent_accuracy": parent["test_accuracy"],
         "parent_epochs": config.epochs,
     }
-    record = {"row": row, "curve": _curve(stage_dir), "versions": result["versions"]}
+    record = {"row": row, "curve": _curve(stage_dir)} | _made_with(result)
     if control:
         return record
     stage, state = finished(config, data, cell.method.name)
@@ -123,6 +128,8 @@ def histograms(
     counts: dict[str, dict[str, list[int]]] = {}
     for name, quantizers in jax.device_get(qmodel.quantizers(variables)).items():
         values = {"weight": site_weight(variables["params"], name), "act": found.get(name)}
+        if qmodel.sites[name].weight_standardization:  # its levels are around its mean
+            values["weight"] = values["weight"] - np.mean(values["weight"])
         for operand, signed in (("weight", True), ("act", qmodel.sites[name].act_signed)):
             if f"{operand}_scale" in quantizers and values[operand] is not None:
                 edges = histogram_edges(float(np.max(quantizers[f"{operand}_scale"])), signed)
@@ -171,8 +178,14 @@ def _row(name: str, config: RunConfig, result: Mapping[str, Any]) -> dict[str, A
         "steps": result["steps"],
         "seconds": result["seconds"],
         "date": result["date"],
+        "levers": "",
         "name": name,
     }
+
+
+def _made_with(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns versions and source of a result; those before the source was recorded have none."""
+    return {"versions": result["versions"], "source": result.get("source")}
 
 
 def _curve(stage_dir: Path) -> list[dict]:

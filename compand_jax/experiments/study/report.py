@@ -184,6 +184,9 @@ def _document(directory: Path, records: Sequence[Record]) -> str:
     versions = sorted({tuple(record["versions"].items()) for record in records})
     listed = "; ".join(", ".join(f"{name} {version}" for name, version in found)
                        for found in versions)  # fmt: skip
+    sources = sorted({record["source"] for record in records if record.get("source")})
+    if sources:
+        listed += f"; compand_jax's source has the SHA-256 {', '.join(sources)}"
     return "\n\n".join([*parts, f"Made with {listed}."]) + "\n"
 
 
@@ -218,14 +221,19 @@ def _mu_range(record: Record, operand: str) -> str:
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ("network", "dataset", "arrangement", "bits", "method", "mu scope", "mu",
-              "learning rate", "seeds", "accuracy", "std", "difference", "std")  # fmt: skip
-    lines = [[_cell(name, found[name]) for name in SUMMARY] for found in summary(rows)]
+    columns = {
+        name: name.replace("_", " ") for name in SUMMARY if not name.endswith("_std")
+    } | {"weight_bits": "bits", "accuracy_std": "std", "difference_std": "std"}  # fmt: skip
+    if not any(row["levers"] for row in rows):
+        del columns["levers"]
+    names = [name for name in SUMMARY if name in columns]
+    header = tuple(columns[name] for name in names)
+    lines = [[_cell(name, found[name]) for name in names] for found in summary(rows)]
     return markdown_table([header, *lines], text_columns=3)
 
 
 def _cell(name: str, value: Any) -> str:
-    if value is None:
+    if value in (None, ""):
         return "-"
     if name == "learning_rate":
         return f"{value:g}"

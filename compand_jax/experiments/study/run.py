@@ -196,7 +196,8 @@ def _run_cell(study: Study, cell: Cell, progress: bool) -> None:
     write_json(study.record_path(cell.name), record)
     study.failure_path(cell).unlink(missing_ok=True)
     if study.discard_checkpoints:
-        shutil.rmtree(config.run_dir / cell.method.name / "checkpoints")
+        for checkpoints in list(config.run_dir.glob(f"**/{cell.method.name}/checkpoints")):
+            shutil.rmtree(checkpoints)
     if progress:
         print(f"  {record['row']['accuracy']:.2f} %", flush=True)
 

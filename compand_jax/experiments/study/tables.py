@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from compand_jax.experiments.runs.levers import OF_ANY_NETWORK
 from compand_jax.experiments.study.grid import FIXED_255, FIXED_CALIBRATED, LEARNED
 from compand_jax.experiments.text import markdown_table
 from compand_jax.layers.config import MU_SCOPES
@@ -45,7 +46,8 @@ _CONTROL_KEY = (
 
 
 def _control_key(row: Row) -> tuple:
-    return tuple(row[name] for name in _CONTROL_KEY)
+    own = [name for name in row["levers"].split() if name in OF_ANY_NETWORK]
+    return (*(row[name] for name in _CONTROL_KEY), " ".join(own))
 
 
 def _order(row: Row) -> tuple:
@@ -56,6 +58,7 @@ def _order(row: Row) -> tuple:
         -(row["weight_bits"] or 0),
         QUANTIZERS.index(row["mu_scope"] or "uniform"),
         list(_MU_TITLES).index(row["mu"] or LEARNED),
+        row["levers"],
         row["learning_rate"],
         row["seed"],
     )
@@ -75,11 +78,15 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
 
 
 def compared(rows: Iterable[Row]) -> list[Row]:
-    """Returns the cells but for those of a fixed mu, which are compared among themselves."""
-    return [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, LEARNED)]
+    """Returns the cells but for those of a fixed mu, which are compared among themselves.
+
+    Of cells with and without levers, they are those without.
+    """
+    cells = [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, LEARNED)]
+    return [row for row in cells if not row["levers"]] or cells
 
 
-_SUMMED = (*_GROUP, "weight_bits", "method", "mu_scope", "mu", "learning_rate")
+_SUMMED = (*_GROUP, "weight_bits", "method", "mu_scope", "mu", "levers", "learning_rate")
 SUMMARY = (*_SUMMED, "seeds", "accuracy", "accuracy_std", "difference", "difference_std")
 """The columns of summary.csv."""
 
@@ -114,6 +121,8 @@ def _std(values: Sequence[float]) -> float | None:
 def summary_text(rows: Sequence[Row]) -> str:
     """Returns in Markdown what the rows compare, and how they were made."""
     parts = [_comparison(rows), _NOTE]
+    if any(row["levers"] for row in rows):
+        parts += ["With what else lifts accuracy, each compared as above:", _lever_table(rows)]
     if any(row["mu"] not in (None, LEARNED) for row in rows):
         parts += ["What learning mu is worth, per layer, seed by seed:", _mu_table(rows)]
     return "\n\n".join([*parts, _made_with(rows)])
@@ -130,10 +139,25 @@ _NOTE = (
 def _comparison(rows: Sequence[Row]) -> str:
     header = (*_GROUP, "W/A", "control", "uniform", "single mu", "separate", "per layer",
               "per layer to uniform")  # fmt: skip
+    lines = _compared_lines(compared(rows), "weight_bits")
+    return markdown_table([header, *lines], text_columns=len(_GROUP))
+
+
+def _lever_table(rows: Sequence[Row]) -> str:
+    header = (*_GROUP, "levers", "W/A", "control", "uniform", "single mu", "separate", "per layer",
+              "per layer to uniform")  # fmt: skip
+    cells = [row for row in rows if row["stage"] == "cell" and row["mu"] in (None, LEARNED)]
+    lines = _compared_lines(cells, "levers", "weight_bits")
+    lines = [[*line[:3], line[3] or "none", *line[4:]] for line in lines]
+    return markdown_table([header, *lines], text_columns=len(_GROUP) + 1)
+
+
+def _compared_lines(cells: Sequence[Row], *names: str) -> list[list[str]]:
+    """Returns a line for each network and value of the columns named, of which bits are last."""
     lines = []
-    for key, group in grouped(compared(rows), *_GROUP, "weight_bits").items():
+    for key, group in grouped(cells, *_GROUP, *names).items():
         controls = {row["seed"]: row["full_precision_accuracy"] for row in group}
-        line = [*key[:3], f"{key[3]}/{key[3]}", _spread(list(controls.values()), "{:.2f} %")]
+        line = [*key[:-1], f"{key[-1]}/{key[-1]}", _spread(list(controls.values()), "{:.2f} %")]
         for quantizer in QUANTIZERS:
             own = [row for row in group if quantizer_of(row) == quantizer]
             line.append(_spread(_differences(own), "{:+.2f}"))
@@ -144,7 +168,7 @@ def _comparison(rows: Sequence[Row]) -> str:
         both = accuracies[0].keys() & accuracies[1].keys()
         line.append(_spread([accuracies[0][s] - accuracies[1][s] for s in both], "{:+.2f}"))
         lines.append(line)
-    return markdown_table([header, *lines], text_columns=len(_GROUP))
+    return lines
 
 
 def _mu_table(rows: Sequence[Row]) -> str:
@@ -177,6 +201,7 @@ def _made_with(rows: Sequence[Row]) -> str:
     parts = []
     for (model, dataset), group in grouped(rows, "network", "dataset").items():
         cells = [row for row in group if row["stage"] != "parent"]
+        cells = [row for row in cells if not row["levers"]] or cells
         ends = {row["first_last_bits"] for row in cells if row["first_last_bits"]}
         kept = ends - {row["weight_bits"] for row in cells}
         epochs = "/".join(str(n) for n in sorted({row["epochs"] for row in cells}))

@@ -46,6 +46,7 @@ def row(name, accuracy, **fields):
         "parent_epochs": 2,
         "first_last_bits": 2,
         "weight_grid": "midrise",
+        "levers": "",
         "model_bytes": 10,
         "steps": 4,
         "seconds": 1.5,
