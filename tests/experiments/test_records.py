@@ -1,13 +1,20 @@
 """Files of records are whole or as they were; what a record was made with."""
 
 import json
+import re
 
 import pytest
 from tiny_runs import snapshot
 
 from compand_jax.experiments import records
 from compand_jax.experiments.errors import UserError, require, user_errors
-from compand_jax.experiments.records import provenance, read_json, write_json, write_text
+from compand_jax.experiments.records import (
+    provenance,
+    read_json,
+    source_digest,
+    write_json,
+    write_text,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -47,6 +54,19 @@ def test_provenance_names_versions_hardware_and_date():
     assert "cores" in found["devices"]
     assert found["date"].endswith("+00:00")
     json.dumps(found)
+
+
+def test_the_source_is_named_by_a_digest_of_its_files(tmp_path, monkeypatch):
+    assert provenance()["source"] == source_digest()
+    assert re.fullmatch("[0-9a-f]{16}", source_digest())
+    (tmp_path / "a").mkdir()
+    digests = []
+    for name, text in (("a/b.py", "x"), ("a/b.py", "y"), ("a/c.py", ""), ("a/no.txt", "z")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(records, "_PACKAGE", tmp_path)
+        digests.append(source_digest.__wrapped__())
+    assert len(set(digests)) == 3
+    assert digests[2] == digests[3]  # of .py files alone
 
 
 def test_damaged_json_is_named(tmp_path):

@@ -168,9 +168,30 @@ def test_before_calibration_the_clip_is_three_deviations():
     np.testing.assert_allclose(found, 3 * kernel.std(), rtol=1e-5)
 
 
-def test_nnx_layers_of_a_stack_each_have_their_own():
-    make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_axes=0)
-    model = nnx.split_rngs(splits=2)(make)(nnx.Rngs(0))
-    found = cj.nnx.quantizers(cj.nnx.quantize(model, CONFIG))[""]
-    deviations = np.std(model.kernel[...], (1, 2))
+class NNXStack(nnx.Module):
+    """Layers made by `nnx.vmap`, run by `nnx.scan`."""
+
+    def __init__(self, rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(4, 4, rngs=rngs), in_axes=0)
+        self.layers = nnx.split_rngs(splits=2)(make)(rngs)
+
+    def __call__(self, x):
+        run = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return run(self.layers, x)
+
+
+def test_nnx_layers_of_a_stack_each_have_their_own_and_are_frozen_so():
+    model, x = NNXStack(nnx.Rngs(0)), normal(5, 4)
+    kernels = model.layers.kernel[...] * jnp.array([1.0, 5.0]).reshape(2, 1, 1) + 0.3
+    model.layers.kernel[...] = kernels
+    qmodel = cj.nnx.quantize(model, CONFIG)
+    found = cj.nnx.quantizers(qmodel)["layers"]
+    deviations = np.std(kernels, (1, 2))
     np.testing.assert_allclose(found["weight_scale"], 3 * deviations, rtol=1e-5)
+    expected = x
+    for kernel, scale in zip(kernels, found["weight_scale"], strict=True):
+        mean = kernel.mean()
+        own = mean + cj.fake_quantize(kernel - mean, CONFIG.mu_init, scale, bits=3)
+        expected = expected @ own
+    np.testing.assert_allclose(qmodel(x), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(cj.freeze(qmodel)(x), expected, rtol=1e-4, atol=1e-5)

@@ -149,7 +149,10 @@ def _expansion(
         check_weight(name, weight)
         spec, (mu, scale) = site.spec("weight"), parameters["weight"]
         mu = jnp.broadcast_to(mu, stack)
-        layers = [pack_weight(weight[i], mu[i], scale[i], spec) for i in np.ndindex(stack)]
+        standardized = site.weight_standardization
+        layers = [
+            pack_weight(weight[i], mu[i], scale[i], spec, standardized) for i in np.ndindex(stack)
+        ]
         tables |= _stacked(layers, stack)
         shapes = weight.shape, weight.dtype.name, scale.shape[len(stack) :]
         frozen = FrozenSite(FrozenWeight(spec.bits, spec.grid, *shapes, leaf))

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from compand_jax.experiments.errors import UserError
-from compand_jax.experiments.runs.config import CONTROL, METHODS, to_json
+from compand_jax.experiments.runs.config import (
+    CONTROL,
+    METHODS,
+    RunConfig,
+    differences,
+    to_json,
+)
 from compand_jax.experiments.study.grid import (
     FIXED_255,
     FIXED_CALIBRATED,
@@ -105,6 +111,37 @@ def test_short_run_of_vgg19():
     assert [(cell.bits, cell.method) for cell in cells] == [
         (None, CONTROL), (4, UNIFORM), (4, PER_LAYER)]  # fmt: skip
     assert {(cell.parent.epochs, cell.config.finetune_epochs) for cell in cells} == {(6, 1)}
+
+
+def test_levers():
+    cells = study_cells("levers")
+    assert [cell.name.removeprefix("alexnet-bn-cifar10-conv_norm_act-") for cell in cells[:5]] == [
+        "control-lr0.01-seed0",
+        "w2a2-uniform-seed0",
+        "w2a2-mu_law-per_layer-seed0",
+        "w2a2-uniform-standardize-seed0",
+        "w2a2-mu_law-per_layer-standardize-seed0",
+    ]
+    # The parent is that of the paper's, whatever its fine-tunings.
+    parent = next(cell.parent for cell in study_cells("paper"))
+    assert differences(to_json(parent), cells[0].parent, finetune=False) == []
+    assert parent.block_order == FIRST
+    controls = {cell.levers for cell in cells if cell.method == CONTROL}
+    assert controls == {(), ("bn",), ("distill",), ("bn", "distill")}
+    for bits in (2, 3):
+        own = {(cell.method, cell.levers) for cell in cells if cell.bits == bits}
+        names = {levers for _, levers in own}
+        assert own == {(method, levers) for method in (UNIFORM, PER_LAYER) for levers in names}
+        assert names == {
+            (), ("standardize",), ("ends8",), ("transitions",), ("lsq",), ("distill",), ("bn",),
+            ("progressive",), ("bn", "distill", "ends8", "standardize"),
+        }  # fmt: skip
+    for cell in cells:
+        config = cell.config
+        assert config.finetune_epochs * (1 + len(config.preceding_bits)) == 3
+        if cell.method == CONTROL:
+            assert config.first_last_bits is None
+            assert config.quant == RunConfig().quant
 
 
 @pytest.mark.parametrize("name", STUDIES)

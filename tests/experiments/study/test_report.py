@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,38 @@ def test_text_says_which_seeds_start_from_which_parent():
     )
     more = [each | {"seed": 2} for each in rows if each["seed"] == 1]
     assert expected in summary_text(with_controls([*rows, *more]))
+
+
+@pytest.mark.quick
+def test_levers_are_compared_to_the_control_that_has_what_is_not_about_quantization():
+    rows = with_controls(
+        [
+            *ROWS,
+            row("distilled", 81.0, levers="distill", **FULL),
+            row("uniform-both", 72.0, levers="distill standardize"),
+            mu_law("mu-standardize", 79.75, levers="standardize"),
+        ]
+    )
+    found = {each["name"]: each["full_precision_accuracy"] for each in rows}
+    assert found["uniform-both"] == 81.0
+    assert found["mu-standardize"] == found["uniform-0"] == 80.0
+    text, comparison = (
+        re.sub(" +", " ", summary_text(each)) for each in (rows, with_controls(ROWS))
+    )
+    assert "| distill standardize | 2/2 | 81.00 % | -9.00 | - | - | - | - |" in text
+    assert "| standardize | 2/2 | 80.00 % | - | - | - | -0.25 | - |" in text
+    assert "| none | 2/2 | 81.00 % ± 1.41 (2) | -9.00 ± 1.41 (2) |" in text
+    # What has none is compared as if there were no others.
+    assert text.split("\n\n")[0] == comparison.split("\n\n")[0]
+
+
+@pytest.mark.quick
+def test_records_from_before_there_were_levers_have_none(directory):
+    path = directory / "records" / "uniform-0.json"
+    old = record({name: value for name, value in ROWS[3].items() if name != "levers"})
+    write_json(path, old)
+    found = {each["row"]["name"]: each["row"] for each in read_records(directory)}
+    assert found["uniform-0"] | {"full_precision_accuracy": None} == ROWS[3]
 
 
 @pytest.mark.quick
