@@ -69,7 +69,10 @@ assert jnp.abs(jax.jit(qmodel.apply)(variables, x) - logits).max() < 1e-6 * logi
 assert set(found) == {"conv", "head"} and table.endswith("weights not quantized: none")
 assert jnp.isfinite(loss) and (qmodel.conv.kernel[...] != model.conv.kernel[...]).any()
 assert jax.tree.structure(grads) == jax.tree.structure(nnx.state(qmodel, wrt))
+again.eval()
 assert nnx.graphdef(again) == nnx.graphdef(qmodel) and (again(x) == qmodel(x)).all()
+assert jnp.abs(nnx.jit(Net.__call__)(qmodel, x) - logits).max() < 1e-6 * jnp.abs(logits).max()
+assert (loaded.apply(x) == logits).all() and sizes.startswith("site")
 """,
     "docs/quantizers.md": """
 assert (values == same).all() and grad_mu != 0
