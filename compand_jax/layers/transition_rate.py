@@ -77,8 +77,8 @@ def scale_by_transition_rate(
     >>> tx = scale_by_transition_rate(0.01, codes, learning_rate=0.1)
     >>> params = {"w": jnp.ones(8), "b": jnp.ones(2)}
     >>> updates, state = tx.update(params, tx.init(params), params)
-    >>> print(updates["w"][0].round(4), updates["b"][0])
-    -0.101 1.0
+    >>> round(float(updates["w"][0]), 4), float(updates["b"][0])
+    (-0.101, 1.0)
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1), got {momentum!r}: 0.99 is a usual value")

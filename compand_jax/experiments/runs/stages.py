@@ -191,11 +191,11 @@ def estimate_statistics(config: RunConfig, stage: Stage, state: TrainState) -> T
 
     It is the same where none are asked for, in full precision, and without batch norms.
     """
-    variables = jax.device_get(state.variables)
     if stage.name == FULL_PRECISION or not config.batch_stats_batches:
         return state
-    if "batch_stats" not in variables:
+    if "batch_stats" not in state.model_state:
         return state
+    variables = jax.device_get(state.variables)
 
     @jax.jit
     def update(variables: Mapping[str, Any], args: tuple) -> Any:

@@ -19,6 +19,7 @@ from tiny_runs import (
 
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.runs import run as experiments
+from compand_jax.experiments.runs import stages
 from compand_jax.experiments.runs.config import (
     CONTROL,
     FULL_PRECISION,
@@ -155,6 +156,7 @@ def run(tiny, tmp_path, monkeypatch):  # noqa: F811
         return state
 
     monkeypatch.setattr(experiments, "fit", fit)
+    monkeypatch.setattr(stages, "count_correct", lambda *_: 0)
     fields = {**ALL, "preceding_bits": (4,), "first_last_bits": None}
     quant = QuantConfig(3, 3, rules=(Rule("dense", weight_bits=None),), **STANDARD)
     config = tiny_config(
