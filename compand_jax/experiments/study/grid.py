@@ -153,14 +153,7 @@ def _smoke(checkpoint: Path | None) -> list[Cell]:
 
 
 def _laptop(checkpoint: Path | None) -> list[Cell]:
-    parent = dataclasses.replace(
-        preset("alexnet-cifar10"),
-        model="alexnet-bn",
-        epochs=20,
-        learning_rate=0.05,
-        finetune_epochs=3,
-    )
-    first, second = _orders(parent)
+    first, second = _orders(_alexnet("cifar10", epochs=20, finetune_epochs=3))
     some = (CONTROL, UNIFORM, PER_LAYER)
     return [
         *grid(first, bits=(4, 3, 2)),
@@ -181,25 +174,22 @@ def _paper(checkpoint: Path | None) -> list[Cell]:
             warmup_epochs=1.0,
             finetune_epochs=2,
         )
-        parents = [*_orders(_alexnet(dataset)), *_orders(vgg)]
+        alexnet = _alexnet(dataset, epochs=60, finetune_epochs=10)
+        parents = [*_orders(alexnet), *_orders(vgg)]
         for seed in range(3):
             for parent in parents:
                 found += grid(parent, bits=(4, 2, 3, 8), seeds=(seed,))
     return found
 
 
-def _alexnet(dataset: str) -> RunConfig:
+def _alexnet(dataset: str, **epochs: int) -> RunConfig:
     return dataclasses.replace(
-        preset(f"alexnet-{dataset}"),
-        model="alexnet-bn",
-        epochs=60,
-        learning_rate=0.05,
-        finetune_epochs=10,
+        preset(f"alexnet-{dataset}"), model="alexnet-bn", learning_rate=0.05, **epochs
     )
 
 
 def _levers(checkpoint: Path | None) -> list[Cell]:
-    return lever_cells(dataclasses.replace(_alexnet("cifar10"), finetune_epochs=3))
+    return lever_cells(_alexnet("cifar10", epochs=20, finetune_epochs=3))
 
 
 def lever_cells(parent: RunConfig) -> list[Cell]:
