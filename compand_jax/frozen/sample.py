@@ -14,8 +14,8 @@ from flax.core.scope import DenyList
 
 from compand_jax.frozen.file import is_shape
 
-_APPLY_OPTIONS = ("method", "rngs", "mutable", "capture_intermediates")
-"""What Linen's `apply` takes for itself, and not for the model's method."""
+_APPLY_OPTIONS = ("rngs", "mutable", "capture_intermediates")
+"""What Linen's `apply` takes for itself beside `method`, and not for the model's method."""
 
 INPUT_TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
                "bfloat16", "float16", "float32", "float64", "complex64", "complex128")  # fmt: skip
@@ -114,8 +114,20 @@ def result_arrays(results: Any) -> list[jax.Array]:
     return [x for x in jax.tree.leaves(results) if isinstance(x, jax.Array)]
 
 
-def abstract_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
+def abstract_call(
+    model: Any,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    own_options: tuple[str, ...] = _APPLY_OPTIONS,
+) -> Call:
     """Returns the shapes of a call's arguments, and the types that jax gives them.
+
+    Args:
+      model: The module.
+      args: Arguments of its method.
+      kwargs: Arguments by name, and the `method`.
+      own_options: Names of those that the method does not take.
 
     Raises:
       TypeError: the model's method does not take such arguments.
@@ -130,7 +142,7 @@ def abstract_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
         return jax.ShapeDtypeStruct(x.shape, dtype)
 
     method = kwargs.get("method") or "__call__"
-    options = {name: x for name, x in kwargs.items() if name not in _APPLY_OPTIONS}
+    options = {name: x for name, x in kwargs.items() if name not in ("method", *own_options)}
     name = getattr(method, "__name__", None)
     if not isinstance(method, str) and name and getattr(type(model), name, None) is method:
         method = name  # a file can hold a name
@@ -140,7 +152,7 @@ def abstract_call(model: Any, args: tuple, kwargs: dict[str, Any]) -> Call:
     except (TypeError, AttributeError) as error:
         raise TypeError(
             f"`sample` must be the arguments of the model's {method}, got {len(args)} and "
-            f"{sorted(options)} ({error}): give freeze an input, freeze(qmodel, variables, x)"
+            f"{sorted(options)} ({error}): give freeze an input, such as x, train=False"
         ) from None
     return Call(method, *jax.tree.map(abstract, (args, options)))
 

@@ -39,7 +39,7 @@ class _Traced(NamedTuple):
 def freeze_module(qmodel: nnx.Module, sample: tuple, kwargs: dict[str, Any]) -> FrozenModule:
     """Returns a quantized NNX model for inference alone; see `compand_jax.freeze`."""
     _check_calibrated(qmodel)
-    call = abstract_call(qmodel, sample, kwargs) if sample or kwargs else None
+    call = abstract_call(qmodel, sample, kwargs, own_options=()) if sample or kwargs else None
     traced = _without_sample(qmodel) if call is None else _traced(qmodel, call)
     frozen, found = nnx.clone(qmodel), _parameters(qmodel, traced.computed)
     names, layers = variable_names(frozen), hooked_layers(frozen)

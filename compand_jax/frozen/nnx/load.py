@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from compand_jax.frozen.check import line
@@ -33,7 +34,7 @@ def load_module(
 ) -> FrozenModule:
     """Returns the frozen model of a file; see `compand_jax.load_frozen`."""
     try:
-        given = abstract_call(model, sample, kwargs) if sample or kwargs else None
+        given = abstract_call(model, sample, kwargs, own_options=()) if sample or kwargs else None
     except TypeError as error:
         raise ValueError(str(error)) from error
     description, stored = read_sealed(path)
@@ -78,9 +79,9 @@ def _frozen(model: nnx.Module, sites: Mapping[str, FrozenSite], arrays: Arrays) 
         layer = layers[name]
         _check_site(name, site, layer, names.get(id(weight_of(layer))), arrays)
     quantized = [layers[name] for name, site in sites.items() if site.weight is not None]
-    leaves = {site.weight.leaf for site in sites.values() if site.weight is not None}
+    leaves = {site.weight.leaf for site in sites.values() if site.weight} - {None}
     stacks = {name: stack_shape(layers[name]) for name in sites}
-    take_weights(frozen, [own for own in quantized if names[id(weight_of(own))] in leaves])
+    take_weights(frozen, [own for own in quantized if names.get(id(weight_of(own))) in leaves])
     _check_variables(variables_of(frozen), arrays["variables"])
     set_variables(frozen, arrays["variables"])
     for name, site in sites.items():
@@ -112,7 +113,7 @@ def _check_site(name: str, site: FrozenSite, layer: Any, leaf: str | None, array
     own = weight_of(layer)
     _require(weight.leaf_shape is None, f"whose layer {name!r} does not compute its weight")
     _require(weight.leaf in (None, leaf), f"whose layer {name!r} has another weight than its own")
-    same = weight.leaf is None or own.shape == weight.shape
+    same = own.shape == weight.shape
     _require(same, f"with {name} of shape {own.shape}, not {weight.shape}")
     rank = len(weight.scale_shape) or own.ndim - len(stack)
     _require(rank == own.ndim - len(stack), f"with another stack of {name!r}")
@@ -120,7 +121,8 @@ def _check_site(name: str, site: FrozenSite, layer: Any, leaf: str | None, array
 
 def _check_variables(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     for name in sorted(own.keys() | found.keys()):
-        shapes = [x[name].shape if name in x else None for x in (own, found)]
+        shapes = [np.shape(x[name]) if name in x else None for x in (own, found)]
         _require(shapes[0] == shapes[1], f"with {name} of shape {shapes[0]}, not {shapes[1]}")
-        kinds = [jnp.issubdtype(x[name].dtype, jnp.floating) for x in (own, found)]
-        _require(kinds[0] == kinds[1], f"with {name} of {own[name].dtype}, not {found[name].dtype}")
+        types = [getattr(x[name], "dtype", type(x[name])) for x in (own, found)]
+        kinds = [jnp.issubdtype(dtype, jnp.floating) for dtype in types]
+        _require(kinds[0] == kinds[1], f"with {name} of {types[0]}, not {types[1]}")

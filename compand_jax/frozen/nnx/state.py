@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from compand_jax.frozen.nnx.layers import expanded_layers, tables_of
 from compand_jax.frozen.packing import pack, unpack
+from compand_jax.frozen.sample import is_array
 from compand_jax.frozen.tree import KINDS, Arrays, FrozenWeight, join_path
 from compand_jax.nnx.variables import Quantizer
 
@@ -96,4 +97,4 @@ def layer_by_layer(codes: Array, weight: FrozenWeight, stack: tuple[int, ...]) -
 
 def copied(state: Any) -> Any:
     """Returns a state with arrays of its own, on the device."""
-    return jax.tree.map(lambda x: x if isinstance(x, jax.ShapeDtypeStruct) else jnp.array(x), state)
+    return jax.tree.map(lambda x: jnp.array(x) if is_array(x) else x, state)
