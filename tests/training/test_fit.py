@@ -65,13 +65,13 @@ def count_chunks(monkeypatch):
     def make(*args, **kwargs):
         chunk = make_chunk(*args, **kwargs)
 
-        def guarded(state, images, labels):
+        def guarded(state, images, labels, teacher):
             calls.append(len(calls))
             assert images.dtype == jnp.uint8
             if len(calls) == 1:  # compilation places its constants
-                return chunk(state, images, labels)
+                return chunk(state, images, labels, teacher)
             with jax.transfer_guard("disallow"):
-                return chunk(state, images, labels)
+                return chunk(state, images, labels, teacher)
 
         return guarded
 
