@@ -15,6 +15,12 @@ from compand_jax.frozen.model import FrozenModel as FrozenModel
 from compand_jax.frozen.model import load_frozen as load_frozen
 from compand_jax.layers.config import QuantConfig as QuantConfig
 from compand_jax.layers.config import Rule as Rule
+from compand_jax.layers.contractions.quantized_function import (
+    QuantizedFunction as QuantizedFunction,
+)
+from compand_jax.layers.contractions.quantized_function import (
+    quantize_function as quantize_function,
+)
 from compand_jax.layers.parametrization import mu_from_theta as mu_from_theta
 from compand_jax.layers.parametrization import rho_from_scale as rho_from_scale
 from compand_jax.layers.parametrization import scale_from_rho as scale_from_rho

@@ -61,6 +61,13 @@ kernels = [tree["params"]["layers_0"]["kernel"] for tree in (variables, rounded)
 assert (kernels[0] != kernels[1]).any() and len(jnp.unique(kernels[1][:, 0])) <= 7
 assert again == small
 """,
+    "docs/contractions.md": """
+assert y.shape == (32, 3) and table.endswith("weights not quantized: none")
+assert sites[:3] == ["layers_0/out", "layers_0/product_0:left", "layers_0/product_0:right"]
+assert len(sites) == 12 and qmodel.sites["layers_1/product_1:left"].act_bits is None
+assert sorted(qgated.sites) == ["down/kernel", "gate"]
+assert qgated.apply(gated, x).shape == (32, 4)
+""",
     "docs/frozen_format.md": """
 assert (frozen.apply(x) == logits).all()
 assert jnp.abs(jax.jit(qmodel.apply)(variables, x) - logits).max() < 1e-6 * logits.max()

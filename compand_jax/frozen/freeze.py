@@ -31,8 +31,9 @@ from compand_jax.frozen.tree import (
     split_path,
 )
 from compand_jax.layers import parametrization as par
+from compand_jax.layers.quantized import compand_of
 from compand_jax.layers.summary import WEIGHT_NAMES
-from compand_jax.linen.quantized_model import QuantizedModel, compand_of
+from compand_jax.linen.quantized_model import QuantizedModel
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -79,7 +80,8 @@ def freeze(qmodel: Any, *args: Any, fold_norms: bool = False, **kwargs: Any) -> 
     Raises:
       TypeError: `qmodel` is no quantized model, `variables` are missing, its model does not take
         such a sample, or an activation that is quantized is float64.
-      ValueError: "compand" is missing; an NNX model is not quantized or not calibrated; a weight is
+      ValueError: "compand" is missing; the config has other contractions than "layers"; an NNX
+        model is not quantized or not calibrated; a weight is
         not finite, in float64, or differs between the layers of a stack that compute it from their
         parameters; or there is no batch norm to fold.
 
@@ -120,6 +122,12 @@ def _freeze_linen(
     kwargs: dict[str, Any],
 ) -> FrozenModel:
     model, config = qmodel.model, qmodel.config
+    if config.contractions != "layers":
+        raise ValueError(
+            f"`qmodel` must have contractions='layers', got {config.contractions!r}: a frozen "
+            "model hands levels to Flax's layers alone, so that weights in other contractions "
+            "cannot be packed"
+        )
     compand = compand_of(variables)
     tree = {name: tree for name, tree in variables.items() if name != "compand"}
     tree = nn.meta.unbox(tree)

@@ -78,8 +78,8 @@ def observe_batches(
     return seen
 
 
-def _moments(layer: Layer, activation: jax.Array, weight: jax.Array) -> jax.Array | None:
+def _moments(layer: Layer, activation: jax.Array, shape: tuple[int, ...]) -> jax.Array | None:
     unrolling = layer.unrolling
-    if unrolling is None or unrolling.inputs(weight.shape) > _MOST_INPUTS:
+    if unrolling is None or unrolling.inputs(shape) > _MOST_INPUTS:
         return None
-    return unrolling.moments(activation, weight.shape)
+    return unrolling.moments(activation, shape)

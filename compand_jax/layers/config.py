@@ -16,6 +16,7 @@ QUANTIZERS = ("mu_law", "uniform")
 GRANULARITIES = ("tensor", "channel")
 ACT_SITES = ("input", "output")
 GRADIENTS = ("plain", "lsq")
+CONTRACTIONS = ("layers", "parameters", "all")
 
 INHERIT = "inherit"
 Inherit = Literal["inherit"]
@@ -141,6 +142,12 @@ class QuantConfig:
         APoT, LCQ and nuLSQ do it, but that they leave out the mean, which a network that was
         trained with it cannot spare.
       mu_init: The mu that `init` sets, 0 to 255. Calibration replaces it.
+      contractions: What is a site beside Flax's own layers. "layers": nothing else. "parameters":
+        every contraction of a parameter that is in no such layer, as by `jnp.einsum`, `@` or
+        `jax.lax.conv_general_dilated`; its name is the parameter's path, such as "block/w". "all":
+        also those of two activations, as in attention; their names are "block/product_0:left" and
+        "block/product_0:right", counted in the order of the program. A function has no layers, and
+        "layers" is the same as "parameters" for it.
       rules: Exceptions by site name. The first `Rule` that matches wins.
 
     Raises:
@@ -162,6 +169,7 @@ class QuantConfig:
     mu_gradient: str = "plain"
     weight_standardization: bool = False
     mu_init: float = 2.0
+    contractions: str = "layers"
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -172,6 +180,7 @@ class QuantConfig:
             ("act_site", ACT_SITES),
             ("scale_gradient", GRADIENTS),
             ("mu_gradient", GRADIENTS),
+            ("contractions", CONTRACTIONS),
         ):
             require_choice(name, getattr(self, name), choices)
         check_weights(self.weight_bits, self.grid)

@@ -46,12 +46,21 @@ class LayerQuantizer:
         self, layer: Layer, activation: Array | None, weight: Array
     ) -> tuple[Array | None, Array]:
         """Returns the quantized weight and, unless it is done at the output, activation."""
-        self.visited.add(layer.site)
         if activation is not None and self._config.act_site == "input":
-            self._check_act(layer.site)
-            activation = self._quantize(layer.site, "act", activation)
+            activation = self.activation(layer, activation)
+        return activation, self.weight(layer, weight)
+
+    def activation(self, layer: Layer, activation: Array) -> Array:
+        """Returns a layer's quantized input."""
+        self.visited.add(layer.site)
+        self._check_act(layer.site)
+        return self._quantize(layer.site, "act", activation)
+
+    def weight(self, layer: Layer, weight: Array) -> Array:
+        """Returns a layer's quantized weight."""
+        self.visited.add(layer.site)
         self._check_granularity(layer)
-        return activation, self._quantize(layer.site, "weight", weight)
+        return self._quantize(layer.site, "weight", weight)
 
     def output(self, layer: Layer, output: Array) -> Array:
         """Returns the output, quantized where activations are quantized there."""
@@ -104,7 +113,13 @@ class LayerQuantizer:
     def _whole(self, name: str, weight: Array) -> Array:
         """Returns all layers' weights where one layer of a stack runs: they share their scale."""
         stored = self._stored(name)
-        return weight if stored is None or jnp.ndim(stored) <= weight.ndim else stored
+        if stored is None:
+            return weight
+        whole, own = jnp.shape(stored), weight.shape
+        # A stack's layer may keep the stack's axes, of length 1.
+        cut = next((i for i, n in enumerate(own) if n != 1), len(own))
+        is_layer = len(whole) == len(own) and whole != own and whole[cut:] == own[cut:]
+        return stored if len(whole) > len(own) or is_layer else weight
 
 
 def quantize_operand(

@@ -25,11 +25,13 @@ class Layer:
       site: its name.
       channel_axes: the weight's output axes, from the end.
       unrolling: how it is a matrix product, or None where it is not known to be one.
+      mixed_axis: an axis of the weight that is an output and is summed over as well, or None.
     """
 
     site: str
     channel_axes: tuple[int, ...]
     unrolling: Unrolling | None = None
+    mixed_axis: int | None = None
 
 
 class Observer:
@@ -38,7 +40,8 @@ class Observer:
     Args:
       activation: Called with an activation; what it returns (a tree of arrays) is recorded.
       weight: Called with a weight, likewise.
-      moments: Called with a layer, its input and its weight, likewise; None is not recorded.
+      moments: Called with a layer, its input and its weight's shape, likewise; None is not
+        recorded.
       at_output: Whether a site's activation is its output, instead of its input.
       calls_back: Whether every inner trace runs, so that its values may call back at once.
 
@@ -53,11 +56,11 @@ class Observer:
         *,
         activation: Callable[[Array], Any] | None = None,
         weight: Callable[[Array], Any] | None = None,
-        moments: Callable[[Layer, Array, Array], Any] | None = None,
+        moments: Callable[[Layer, Array, tuple[int, ...]], Any] | None = None,
         at_output: bool = False,
         calls_back: bool = False,
     ) -> None:
-        self._calls_back = calls_back
+        self.calls_back = calls_back
         self._functions = {"activation": activation, "weight": weight}
         self._moments = moments
         self._at_output = at_output
@@ -79,16 +82,31 @@ class Observer:
         self, layer: Layer, activation: Array | None, weight: Array
     ) -> tuple[Array | None, Array]:
         """Records the layer, its weight and, unless it is taken at the output, its input."""
-        self.layers.setdefault(layer.site, layer)
-        self.weight_shapes.setdefault(layer.site, weight.shape)
-        self.last_site = layer.site
-        self._compute("weight", layer.site, weight)
-        if activation is not None and not self._at_output:
-            self._compute("activation", layer.site, activation)
-        known = layer.site not in self.complex
-        if activation is not None and self._moments is not None and known:
-            self._record("moments", layer.site, self._moments(layer, activation, weight))
+        self.weight(layer, weight)
+        if activation is not None:
+            self.activation(layer, activation)
         return activation, weight
+
+    def weight(self, layer: Layer, weight: Array) -> Array:
+        """Records the layer and its weight."""
+        self._note(layer)
+        self.weight_shapes.setdefault(layer.site, weight.shape)
+        self._compute("weight", layer.site, weight)
+        return weight
+
+    def activation(self, layer: Layer, activation: Array) -> Array:
+        """Records the layer and, unless it is taken at the output, its input."""
+        self._note(layer)
+        if not self._at_output:
+            self._compute("activation", layer.site, activation)
+        shape = self.weight_shapes.get(layer.site)
+        if self._moments and shape is not None and layer.site not in self.complex:
+            self._record("moments", layer.site, self._moments(layer, activation, shape))
+        return activation
+
+    def _note(self, layer: Layer) -> None:
+        self.layers.setdefault(layer.site, layer)
+        self.last_site = layer.site
 
     def output(self, layer: Layer, output: Array) -> Array:
         """Records the layer's output, where activations are taken there."""
@@ -119,7 +137,7 @@ class Observer:
             values.append(value)
             return
         name, values = next(self._inner_names), self.called_back[what].setdefault(site, [])
-        if self._calls_back or name in (self.run_names or ()):
+        if self.calls_back or name in (self.run_names or ()):
             # Under vmap it is called for one example after the other, who have to be at hand.
             whole = jax.tree.map(replicated, value)
             jax.debug.callback(lambda tree: values.append(jax.tree.map(np.asarray, tree)), whole)

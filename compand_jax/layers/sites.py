@@ -20,7 +20,9 @@ from compand_jax.layers.config import (
     check_weights,
     require_choice,
 )
-from compand_jax.layers.observation import Observer
+from compand_jax.layers.observation import Layer, Observer
+
+_PRODUCT = re.compile(r"(.*/)?product_[0-9]+:(left|right)")
 
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +111,7 @@ def site_from_config(
     """Returns a site as it is configured, before calibration: its activations are signed."""
     config = config.at(name)
     return Site(
-        weight_bits=config.weight_bits,
+        weight_bits=None if is_product(name) else config.weight_bits,
         act_bits=config.act_bits if has_act else None,
         quantizer=config.quantizer,
         grid=config.grid,
@@ -118,6 +120,15 @@ def site_from_config(
         act_site=config.act_site,
         weight_standardization=config.weight_standardization,
     )
+
+
+def is_product(site: str) -> bool:
+    """Returns whether a site is an operand of a product of two activations: it has no weight.
+
+    >>> is_product("attention/product_0:left"), is_product("attention/query")
+    (True, False)
+    """
+    return _PRODUCT.fullmatch(site) is not None
 
 
 def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> dict[str, Site]:
@@ -138,10 +149,12 @@ def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> 
     if not layers:
         raise ValueError(
             "`model` must have a layer to quantize (Dense, DenseGeneral, Einsum, Conv, "
-            "ConvTranspose, ConvLocal or Embed), found none: layers that multiply by themselves "
-            "are not reached"
+            "ConvTranspose, ConvLocal or Embed), found none: parameters that a module multiplies "
+            "by itself are reached by QuantConfig(contractions='parameters')"
         )
     check_rules(config, layers)
+    for layer in layers.values():
+        _require_channels(config, layer)
     sites = {
         name: site_from_config(
             config, name, channel_axes=layer.channel_axes, has_act=name in with_act
@@ -153,6 +166,18 @@ def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> 
             for operand in types.keys() & sites[name].operands():
                 require_real(name, operand, types[operand])
     return sites
+
+
+def _require_channels(config: QuantConfig, layer: Layer) -> None:
+    own = config.at(layer.site)
+    is_asked = own.weight_granularity == "channel" and own.weight_bits is not None
+    if is_asked and layer.mixed_axis is not None:
+        raise ValueError(
+            f"`weight_granularity` must be 'tensor' for site {layer.site!r}, got 'channel': its "
+            f"axis {layer.mixed_axis} is summed over and is an output as well, in another "
+            "contraction or after a reshape, so that it has no channels; give "
+            f"Rule({layer.site!r}, weight_granularity='tensor')"
+        )
 
 
 def require_real(site: str, operand: str, dtype: Any) -> None:
@@ -189,12 +214,15 @@ def check_signs(sites: Mapping[str, Site]) -> None:
 def check_sites(config: QuantConfig, sites: Mapping[str, Site]) -> None:
     """Raises ValueError, naming a site and a field, where a config contradicts calibrated sites.
 
-    A site without activations may be one that has none to quantize (a look-up, the last layer).
+    A site without activations may be one that has none to quantize (a look-up, the last layer), a
+    product has no weight.
     """
     check_rules(config, sites)
     for name, site in sites.items():
         own = config.at(name)
-        fields: dict[str, tuple[Any, Any]] = {"weight_bits": (site.weight_bits, own.weight_bits)}
+        fields: dict[str, tuple[Any, Any]] = {}
+        if not is_product(name):
+            fields["weight_bits"] = site.weight_bits, own.weight_bits
         if site.operands():
             fields["quantizer"] = site.quantizer, own.quantizer
         if site.weight_bits is not None:

@@ -22,8 +22,13 @@ WEIGHT_NAMES = ("kernel", "embedding")
 
 
 def site_weight(params: Mapping[str, Any], name: str) -> Any:
-    """Returns the weight under a site's module path in `params`; None where it has another name."""
-    module = meta.unbox(_module(params, name)) or {}
+    """Returns the weight under a site's path in `params`; None where it has another name.
+
+    The path is that of a module, or of the parameter itself.
+    """
+    module = meta.unbox(_module(params, name))
+    if not isinstance(module, Mapping):
+        return module
     return next((module[key] for key in WEIGHT_NAMES if key in module), None)
 
 
@@ -63,6 +68,8 @@ def _is_quantized(params: Mapping[str, Any], quantized: set[str], path: list[str
     """
     *module, leaf = path
     name = "/".join(module)
+    if "/".join(path) in quantized:
+        return True
     if name not in quantized:
         return False
     return leaf in (*WEIGHT_NAMES, "bias") or site_weight(params, name) is None

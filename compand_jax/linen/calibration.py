@@ -14,6 +14,7 @@ from compand_jax.layers.observation import Observations, Observer
 from compand_jax.layers.parameters import fed_back
 from compand_jax.layers.sites import Site
 from compand_jax.linen.batch_statistics import CHANGEABLE, whole_batches
+from compand_jax.linen.contractions import Unchanged, trace_model
 from compand_jax.linen.observation import observe_layers
 
 
@@ -26,6 +27,7 @@ def observe(
     at_output: bool,
     activations: bool,
     moments: bool,
+    contractions: str = "layers",
 ) -> Observations:
     """Returns what is seen of the full-precision model over the batches, in one pass.
 
@@ -37,6 +39,7 @@ def observe(
       at_output: whether a layer's activation is its output.
       activations: whether histograms of the activations are taken.
       moments: whether the second moments of the layers' inputs are taken.
+      contractions: which are looked at beside the layers, as in `QuantConfig`.
 
     Raises:
       TypeError: `batches` are none, or this is called under `jax.jit`.
@@ -53,6 +56,12 @@ def observe(
                 # Statistics, caches and averages may change, of which nothing is kept.
                 lambda model: model.apply(variables, *args, mutable=CHANGEABLE, **model_kwargs),
             )
+        if contractions != "layers":
+            # Once more: what a layer does twice is compiled once.
+            with nn.intercept_methods(whole_batches):
+                trace_model(
+                    model, Unchanged(), variables, args, CHANGEABLE, model_kwargs, contractions
+                ).observed(observer)
         return observer
 
     method = model_kwargs.get("method") or "__call__"

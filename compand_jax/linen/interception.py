@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import Scope
 
+from compand_jax.layers.contractions.program import marked
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.visitor import Visitor, is_lookup, visited_operands
 from compand_jax.linen.layer_kinds import channel_axes, unrolling_of
@@ -25,21 +26,28 @@ from compand_jax.linen.traces import trace_afresh
 class _Promotion:
     """Stands in for a layer's `promote_dtype` while the layer runs."""
 
-    def __init__(self, visitor: Visitor, layer: Layer, promote: Callable) -> None:
+    def __init__(self, visitor: Visitor, layer: Layer, promote: Callable, marks: bool) -> None:
         self._visitor, self._layer, self._promote = visitor, layer, promote
+        self._marks = marks
         self.saw_activation = False
 
     def __call__(self, *operands: Any, **kwargs: Any) -> Any:
         self.saw_activation = not is_lookup(operands)
-        return self._promote(*visited_operands(self._visitor, self._layer, operands), **kwargs)
+        used = visited_operands(self._visitor, self._layer, operands)
+        if self._marks:
+            used = marked(used)
+        return self._promote(*used, **kwargs)
 
 
 @contextlib.contextmanager
-def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
+def intercept_layers(
+    model: nn.Module, visitor: Visitor, *, marks: bool = False
+) -> Iterator[nn.Module]:
     """Shows every layer that runs inside this context, in this thread, to the visitor.
 
     Enter it inside the function that is jitted, around `init` or `apply`: an outer `jax.jit` does
     not see an interceptor entered outside of it. Nothing is left behind, also after an exception.
+    With `marks`, each layer's weight is marked as `marked` does it.
 
     Yields:
       The model to call `init` or `apply` of: what `nn.jit` traced outside of this context is not
@@ -67,7 +75,7 @@ def intercept_layers(model: nn.Module, visitor: Visitor) -> Iterator[nn.Module]:
         layer = Layer(
             "/".join(module.path), channel_axes(module, args, kwargs), unrolling_of(module)
         )
-        promotion = _Promotion(visitor, layer, promote)
+        promotion = _Promotion(visitor, layer, promote, marks)
         object.__setattr__(module, "promote_dtype", promotion)
         try:
             output = next_fun(*args, **kwargs)

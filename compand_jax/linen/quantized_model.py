@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,19 +10,20 @@ import jax
 from flax.core import FrozenDict
 from flax.core.scope import in_filter
 from jax.typing import ArrayLike
-from jaxtyping import Array
 
 from compand_jax.calibration.fit import check_arguments
-from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.contractions.program import require_inputs
+from compand_jax.layers.initial_parameters import initial_observer, initial_parameters
 from compand_jax.layers.layer_quantizer import LayerQuantizer
 from compand_jax.layers.observation import Observations
 from compand_jax.layers.parameters import fit_parameters, observed_sites
-from compand_jax.layers.sites import Site, check_sites, require_sites, site_from_config
-from compand_jax.layers.summary import site_weight, summarize
-from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
+from compand_jax.layers.quantized import Quantized, compand_of
+from compand_jax.layers.sites import Site, check_sites, require_sites
+from compand_jax.layers.summary import site_weight
+from compand_jax.linen.batch_statistics import CHANGEABLE, estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import feed_errors_back, observe
-from compand_jax.linen.initial_parameters import initial_observer, initial_parameters
+from compand_jax.linen.contractions import Unchanged, trace_model
 from compand_jax.linen.interception import intercept_layers, refuse_nnx
 from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.reach import layers_run, require_reached
@@ -54,6 +54,8 @@ def quantize_model(
         raise TypeError(
             f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
         )
+    if config.contractions != "layers":
+        require_inputs(config)
     if sites is not None:
         require_sites(sites)
         sites = FrozenDict(sites)
@@ -61,7 +63,7 @@ def quantize_model(
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedModel:
+class QuantizedModel(Quantized):
     """A Linen model whose layers see quantized weights and activations. Frozen and hashable.
 
     Args:
@@ -103,6 +105,9 @@ class QuantizedModel:
             functools.partial(initial_observer, self.config),
             lambda model: model.init(rngs, *args, **kwargs),
         )
+        if self.config.contractions != "layers":
+            call = variables, args, CHANGEABLE, {**kwargs, "rngs": rngs}, self.config.contractions
+            trace_model(self.model, Unchanged(), *call).observed(observer)
         jax.effects_barrier()
         params = dict(variables).get("params", {})
         compand = initial_parameters(self.config, observer, params)
@@ -130,17 +135,17 @@ class QuantizedModel:
             layer that could not be reached, and so would not be quantized.
         """
         compand = compand_of(variables)
-        if self.sites is None:
-            try:
-                _warn_uncalibrated(self)
-            except TypeError:  # a field of the model cannot be hashed
-                _warn_uncalibrated(repr(self))
+        self._warn_uncalibrated()
         rest = {name: value for name, value in variables.items() if name != "compand"}
         runs = layers_run(self.model, rest, args, mutable, kwargs)
         stored = functools.partial(site_weight, rest.get("params", {}))
         visitor = LayerQuantizer(self.config, self.site, compand, stored)
-        with intercept_layers(self.model, visitor) as model:
-            outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
+        if self.config.contractions == "layers":
+            with intercept_layers(self.model, visitor) as model:
+                outputs = model.apply(rest, *args, mutable=mutable, **kwargs)
+        else:
+            call = rest, args, mutable, kwargs, self.config.contractions
+            outputs = trace_model(self.model, visitor, *call).quantized(visitor)
         require_reached(runs, visitor.visited)
         if mutable is not False and in_filter(mutable, "compand"):
             outputs = (outputs[0], {**outputs[1], "compand": compand})
@@ -223,6 +228,7 @@ class QuantizedModel:
             at_output=self.config.act_site == "output",
             activations=self.config.quantizes_activations,
             moments=error_feedback or calibration == "output",
+            contractions=self.config.contractions,
         )
         qmodel, result = self.calibrate_from(
             seen,
@@ -281,69 +287,3 @@ class QuantizedModel:
             quantizers = qmodel.quantizers(result)
             result["params"] = feed_errors_back(rest["params"], quantizers, sites, seen)
         return qmodel, result
-
-    def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
-        """Returns mu and scale of every site: {site: {"weight_mu": ..., "act_scale": ..., ...}}.
-
-        Args:
-          variables: As `apply` takes them.
-
-        Returns:
-          By site, "weight_mu", "weight_scale", "act_mu" and "act_scale", float32. mu has no unit,
-          and is 0 for a uniform quantizer; a scale is in the units of what it clips. A weight or
-          an activation in full precision has no entry. A scale that follows its weight is that of
-          the weight in "params", and 2^-110 where the weight is zero.
-
-        Raises:
-          ValueError: "compand" is missing, or was made with another config.
-        """
-        compand = compand_of(variables)
-        found: dict[str, dict[str, Array]] = {}
-        for site, operand in par.quantized_operands(compand):
-            own = site_weight(variables.get("params", {}), site) if operand == "weight" else None
-            parameters = par.read_parameters(compand, site, operand, self.config, own)
-            assert parameters is not None
-            mu, scale = parameters
-            found.setdefault(site, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})
-        return found
-
-    def summary(self, variables: Mapping[str, Any]) -> str:
-        """Returns a table of the sites as text, and the names of the weights not quantized.
-
-        A site's row has the bits, mu and scale of its weight and of its activation, the weight's
-        ratio of signal to quantization noise in dB, its bytes packed and in float32, and whether
-        the activation has a sign. Named below are the parameters of two axes and more that are no
-        site's weight, also those that a site's layer multiplies by itself.
-
-        Args:
-          variables: As `apply` takes them.
-        """
-        quantizers = self.quantizers(variables)
-        return summarize(
-            variables["params"], quantizers, {name: self.site(name) for name in quantizers}
-        )
-
-    def site(self, name: str) -> Site:
-        """Returns the `Site` of that name: as calibrated, or before calibration as configured."""
-        if self.sites is not None and name in self.sites:
-            return self.sites[name]
-        return site_from_config(self.config, name)
-
-
-def compand_of(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the collection "compand"; ValueError where it is missing."""
-    if "compand" not in variables:
-        raise ValueError(
-            f"`variables` must hold the collection 'compand', got {sorted(variables)}: "
-            "make it with this model's init or calibrate"
-        )
-    return variables["compand"]
-
-
-@functools.lru_cache(maxsize=1024)
-def _warn_uncalibrated(qmodel: QuantizedModel | str) -> None:
-    warnings.warn(
-        "the quantized model is not calibrated: mu and scale are what init set, and activations "
-        "are taken to be signed; call calibrate, or pass `sites` to quantize_model",
-        stacklevel=3,
-    )

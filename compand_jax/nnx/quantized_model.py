@@ -203,6 +203,11 @@ def _check_arguments(model: Any, config: Any) -> None:
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "
             "can be reached at what they multiply alone"
         )
+    if config.contractions != "layers":
+        raise ValueError(
+            f"`contractions` must be 'layers' for an NNX model, got {config.contractions!r}: its "
+            "own contractions are found by quantize_function, of nnx.split(model, nnx.Param, ...)"
+        )
     if any(isinstance(layer.promote_dtype, Promotion) for _, layer in layers_of(model)):
         raise ValueError("`model` must be in full precision, got a quantized one: dequantize it")
     mode = getattr(nnx, "set_graph_mode", None)
