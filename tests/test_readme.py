@@ -64,7 +64,7 @@ assert again == small
     "docs/contractions.md": """
 assert y.shape == (32, 3) and table.endswith("weights not quantized: none")
 assert sites[:3] == ["layers_0/out", "layers_0/product_0:left", "layers_0/product_0:right"]
-assert len(sites) == 12 and qmodel.sites["layers_1/product_1:left"].act_bits is None
+assert len(sites) == 6 and qmodel.sites["layers_0/product_1:left"].act_bits is None
 assert sorted(qgated.sites) == ["down/kernel", "gate"]
 assert qgated.apply(gated, x).shape == (32, 4)
 """,

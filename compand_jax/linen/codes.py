@@ -25,8 +25,11 @@ def weight_codes(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> dict[s
     """
     found: dict[str, Any] = {}
     for site, own in qmodel.quantizers(variables).items():
-        paths = [("params", *par.site_path(site), name) for name in WEIGHT_NAMES]
-        path = next((path for path in paths if par.get_leaf(variables, path) is not None), None)
+        module = ("params", *par.site_path(site))
+        paths = [module, *((*module, name) for name in WEIGHT_NAMES)]  # or a parameter by itself
+        leaves = {path: par.get_leaf(variables, path) for path in paths}
+        leaves = {path: leaf for path, leaf in leaves.items() if not isinstance(leaf, Mapping)}
+        path = next((path for path, leaf in leaves.items() if leaf is not None), None)
         if path is None or "weight_scale" not in own:
             continue
         weight, scale = par.get_leaf(variables, path), own["weight_scale"]

@@ -120,11 +120,15 @@ class Evaluation:
             return given, ()
         run = _as_it_is(equation, jaxpr)
         results = run(given)
-        if not isinstance(step, Moved) or views[0] is None:
+        if not isinstance(step, Moved) or not any(views):
             return results, ()
-        first = views[0]
-        moved = Quantized(lambda memo: run([first.value(memo), *given[1:]]))
-        return results, [_part(moved, i) for i in range(len(results))]
+
+        def again(memo: Memo) -> list[Any]:
+            pairs = zip(given, views, strict=True)
+            return run([x if view is None else view.value(memo) for x, view in pairs])
+
+        moved = Quantized(again)
+        return results, [view and _part(moved, i) for i, view in enumerate(step.views)]
 
     def _contraction(
         self, equation: Any, step: Contraction, given: list, views: Views, memo: Memo

@@ -33,9 +33,12 @@ REMATS = frozenset(("checkpoint", "remat", "remat2"))
 
 @dataclasses.dataclass(frozen=True)
 class Moved:
-    """An equation whose results are views of a parameter; `marked`: of one quantized already."""
+    """An equation with results that are views of a parameter.
 
-    views: tuple[View, ...]
+    `marked`: of one that its layer has quantized already.
+    """
+
+    views: tuple[View | None, ...]
     marked: bool = False
 
 
@@ -54,7 +57,7 @@ class Contraction:
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """An equation with a site in a body of it, or that returns a view."""
+    """An equation with a site in a body of it."""
 
     plans: tuple["Plan", ...]
 
@@ -169,9 +172,11 @@ class Planner:
         if bodies:
             inner = f"{scope}/{equation.source_info.name_stack}"
             plans = tuple(self.plan(body, own, inner) for body, own in bodies)
-            if any(plan.has_site or (name in CALLS and any(plan.results)) for plan in plans):
+            if any(plan.has_site for plan in plans):
                 return Nested(plans)
-            return None
+            # A rule of derivatives is kept, for the quantized view as for the plain one.
+            is_view = name in CALLS and any(plans[0].results)
+            return Moved(plans[0].results) if is_view else None
         first = views[0] if views else None
         if first is None or not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
             return None
@@ -186,8 +191,11 @@ class Planner:
             return None
         paths = [None if view is None else view.path for view in views]
         inexact = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.invars]
-        if None not in paths:  # a weight that is computed from two parameters
-            return None
+        if None not in paths:
+            repeated = [_is_repeated(*own) for own in zip(views, equation.invars, strict=True)]
+            if repeated[0] == repeated[1]:  # a weight that is computed from two parameters
+                return None
+            paths[repeated.index(True)] = None  # such as a token that all examples begin with
         if paths == [None, None]:
             return self._product(f"{scope}/{equation.source_info.name_stack}", all(inexact))
         for site, view, *along in zip(paths, views, summed, batch, strict=True):
@@ -300,6 +308,12 @@ def scope_name(scope: str) -> str:
         if re.fullmatch(r"[A-Za-z_]\w*", part) and part not in names[-1:]:
             names.append(part)
     return "".join(f"{name}/" for name in names)
+
+
+def _is_repeated(view: View | None, v: Any) -> bool:
+    """Returns whether a view has a parameter more than once."""
+    sizes = zip(view.axes if view else (), v.aval.shape, strict=True)
+    return any(not along and size > 1 for along, size in sizes)
 
 
 def _axes(equation: Any) -> tuple[tuple[Sequence[int], ...], tuple[Sequence[int], ...]]:

@@ -149,13 +149,13 @@ def is_array(x: Any) -> bool:
 
 
 def leaf_name(path: tuple) -> str:
-    """Returns a parameter's path as the name of its site.
+    """Returns a parameter's path as the name of its site; "params" where it is all there is.
 
     A box is not in it, as Flax has them: `nnx.Variable`, `nn.Partitioned`.
     """
     if len(path) > 1 and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
 
 
 def nested_by_name(params: Any) -> dict[str, Any]:
@@ -163,5 +163,5 @@ def nested_by_name(params: Any) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if is_array(leaf):
-            par.set_leaf(nested, par.site_path(leaf_name(path)) or ("",), leaf)
+            par.set_leaf(nested, par.site_path(leaf_name(path)), leaf)
     return nested

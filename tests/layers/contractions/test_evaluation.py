@@ -82,12 +82,40 @@ def primitives(program):
     return names
 
 
+@jax.custom_jvp
+def doubled(x):
+    return 2 * x
+
+
+doubled.defjvp(lambda x, dx: (doubled(*x), 3 * dx[0]))  # no derivative of it: a rule that is kept
+
+
+@jax.custom_vjp
+def halved(x):
+    return x / 2
+
+
+halved.defvjp(lambda x: (x / 2, None), lambda _, g: (g * 5,))
+
+
+@jax.custom_vjp
+def fivefold(w):
+    """Passes a weight on as it is, and its gradient five times."""
+    return w
+
+
+fivefold.defvjp(lambda w: (w, None), lambda _, g: (g * 5,))
+
+
 def forms(q, params, x, i):
     """Every way from a parameter to a contraction."""
-    own = {site: q.w(site, w) for site, w in params.items() if site != "table"}
+    own = {site: q.w(site, w) for site, w in params.items() if site not in ("table", "token")}
     found = {
         "matmul": q.a("matmul", x) @ own["matmul"],
-        "transposed": q.a("transposed", x) @ own["transposed"].T,
+        "transposed": q.a("transposed", x) @ jax.jit(jnp.transpose)(own["transposed"]),
+        "ruled": q.a("ruled", x) @ fivefold(own["ruled"]),
+        "token": q.a("after", jnp.broadcast_to(params["token"], (2, 4))) @ own["after"],
+        "computed": params["token"] @ params["after"],
         "vector": q.a("vector", x) @ own["vector"],
         "merged": q.a("merged", x) @ own["merged"].reshape(4, 6),
         "split": jnp.einsum("bd,dhk->bhk", q.a("split", x), own["split"].reshape(4, 2, 3)),
@@ -115,6 +143,7 @@ def forms(q, params, x, i):
 
 
 FORMS = {
+    "ruled": normal(4, 2), "token": normal(1, 4), "after": normal(4, 3, seed=6),
     "matmul": normal(4, 3), "transposed": normal(3, 4), "vector": normal(4),
     "merged": normal(4, 2, 3), "split": normal(4, 6), "cast": normal(4, 3, seed=1),
     "indexed": normal(3, 4, 2), "cut": normal(4, 4), "parts": normal(4, 6, seed=2),
@@ -126,26 +155,11 @@ FORMS = {
 def test_every_form():
     layers = assert_replaced(forms, FORMS, normal(2, 4), jnp.int32(2))
     assert {site: layer.channel_axes for site, layer in layers.items()} == {
+        "ruled": (-1,), "after": (-1,),
         "matmul": (-1,), "transposed": (-2,), "vector": (), "merged": (-2, -1), "split": (-1,),
         "cast": (-1,), "indexed": (-1,), "cut": (-1,), "parts": (-1,), "experts": (-3, -1),
         "heads": (-1,), "kernel": (-1,), "table": (-2,),
     }  # fmt: skip
-
-
-@jax.custom_jvp
-def doubled(x):
-    return 2 * x
-
-
-doubled.defjvp(lambda x, dx: (doubled(*x), 3 * dx[0]))  # no derivative of it: a rule that is kept
-
-
-@jax.custom_vjp
-def halved(x):
-    return x / 2
-
-
-halved.defvjp(lambda x: (x / 2, None), lambda _, g: (g * 5,))
 
 
 def structures(q, params, x):
@@ -174,6 +188,9 @@ def structures(q, params, x):
     x, _ = lax.scan(lambda x, w: (jnp.sin(q.a("moved", x) @ w), None), x, moved, reverse=True)
     x = jax.jit(lambda x: lax.cond(x[0, 0] > 9, lambda x: x, functools.partial(branch, 2.0), x))(x)
     x = dense(x, params["ruled"])
+    twice = jax.checkpoint(lambda x, w: jnp.tanh(q.a("twice", x) @ w))
+    shared = q.w("twice", params["twice"]).T
+    x = twice(twice(x, shared), shared)
     x = lax.fori_loop(0, 2, lambda i, x: x + q.a("loop", x) @ q.w("loop", params["loop"])[i], x)
     h, rows = lax.scan(cell, x, jnp.stack([x, -x]))
     return h, jax.vmap(lambda x: q.a("row", x) @ q.w("row", params["row"]))(rows)
@@ -182,6 +199,7 @@ def structures(q, params, x):
 STRUCTURES = {
     "stack": normal(3, 4, 4), "moved": normal(4, 2, 4), "own": normal(4, 4),
     "loop": normal(2, 4, 4), "ruled": normal(4, 4, seed=2),
+    "twice": normal(4, 4, seed=3),
     "cell": normal(4, 4, seed=1), "row": normal(4, 3),
 }  # fmt: skip
 

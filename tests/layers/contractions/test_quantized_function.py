@@ -146,6 +146,15 @@ def test_summary_and_stored_sites(calibrated):
     assert hash(again) == hash(qmlp)
 
 
+@uncalibrated
+def test_one_array_is_a_tree():
+    qdot = quantized(lambda w, x: x @ w, act_bits=None)
+    variables = qdot.init(PARAMS["embed"]["w"], X)
+    weight = quantize_by_hand(PARAMS["embed"]["w"], variables["compand"]["params"], "weight")
+    assert_same(qdot.apply(variables, X), X @ weight)
+    assert qdot.summary(variables).endswith("weights not quantized: none")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Linear:
