@@ -28,7 +28,7 @@ LAYERS = {
 
 
 def observed(layer, variables, x):
-    observer = Observer(moments=lambda layer, x, w: layer.unrolling.moments(x, w.shape))
+    observer = Observer(moments=lambda layer, x, shape: layer.unrolling.moments(x, shape))
     with intercept_layers(layer, observer) as intercepted:
         intercepted.apply(variables, x)
     return observer.layers[""].unrolling, observer.values("moments", "")
