@@ -208,7 +208,8 @@ def _check_arguments(model: Any, config: Any) -> None:
             f"`contractions` must be 'layers' for an NNX model, got {config.contractions!r}: its "
             "own contractions are found by quantize_function, of nnx.split(model, nnx.Param, ...)"
         )
-    if any(isinstance(layer.promote_dtype, Promotion) for _, layer in layers_of(model)):
+    # A `Promotion`, or what a frozen model has.
+    if any(isinstance(layer.promote_dtype, nnx.Module) for _, layer in layers_of(model)):
         raise ValueError("`model` must be in full precision, got a quantized one: dequantize it")
     mode = getattr(nnx, "set_graph_mode", None)
     if mode is not None and not mode.current_value() and config.mu_scope != "per_layer":

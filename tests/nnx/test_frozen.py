@@ -379,6 +379,8 @@ def test_what_cannot_be_frozen():
     )
     with pytest.raises(ValueError, match="site 'blocks/linear' must see the codes of one layer"):
         frozen.apply(X)
+    with pytest.raises(ValueError, match="`model` must be in full precision, got a quantized one"):
+        cj.nnx.quantize(frozen.model, CONFIG)
     with pytest.raises(ValueError, match="`site` must have a quantized weight, got 'none' without"):
         frozen.weight("none")
     assert frozen.weight("blocks/linear").shape == (3, 4, 4)
@@ -408,10 +410,34 @@ def test_a_frozen_model_is_its_own_and_exports(tmp_path):
     expected = np.asarray(jitted(qmodel, X))
     frozen = cj.freeze(qmodel)
     step = jax.jit(lambda state: jax.tree.map(lambda x: x * 2, state), donate_argnums=0)
-    jax.block_until_ready(jax.tree.leaves(step(nnx.state(qmodel, nnx.Not(nnx.RngState)))))
+    state = nnx.state(qmodel, nnx.Not(nnx.RngState))
+    jax.block_until_ready(jax.tree.leaves(step(state)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     np.testing.assert_array_equal(frozen.apply(X), expected)
     graphdef, state = nnx.split(frozen.model)
     run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
     np.testing.assert_array_equal(run(state, X), expected)
+    inside = jax.vmap(lambda x: frozen.apply(x[None])[0]), jax.jit(lambda x: frozen.apply(x))
+    for function in inside:  # of which the model is no argument
+        np.testing.assert_allclose(function(X), expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(frozen.apply(X), expected)
     exported = jax.export.export(jax.jit(frozen.model))(jax.ShapeDtypeStruct(X.shape, X.dtype))
     np.testing.assert_allclose(exported.call(X), expected, rtol=0, atol=1e-6)
+
+
+def test_weights_take_their_packed_bytes_and_one_layers_levels():
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            layers = [nnx.Linear(128, 128, use_bias=False, rngs=rngs) for _ in range(8)]
+            self.layers = nnx.Sequential(*layers)
+
+        def __call__(self, x):
+            return self.layers(x)
+
+    one, config = 4 * 128 * 128, cj.QuantConfig(weight_bits=4, act_bits=None)
+    frozen = cj.freeze(cj.nnx.quantize(Deep(nnx.Rngs(0)), config))
+    graphdef, state = nnx.split(frozen.model)
+    run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))
+    memory = run.lower(state, normal(4, 128)).compile().memory_analysis()
+    assert memory.argument_size_in_bytes < 8 * one / 8 + 10_000
+    assert memory.temp_size_in_bytes < 2.5 * one  # all eight expanded would be 8

@@ -1,7 +1,7 @@
 """What takes the places of a layer's weight and of its `promote_dtype` in a frozen NNX model."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -132,10 +132,11 @@ class Expansion(nnx.Module):
 
 
 # Functions beside the class: Flax tabulates whatever methods a module has.
-def expanded_layers(model: nnx.Module) -> list[tuple[Any, Expansion]]:
-    """Returns the layers of a frozen model that have an `Expansion`, each with it."""
-    layers = [(layer, layer.promote_dtype) for _, layer in layers_of(model)]
-    return [(layer, own) for layer, own in layers if isinstance(own, Expansion)]
+def expanded_layers(model: nnx.Module) -> Iterator[tuple[Any, Expansion]]:
+    """Yields the layers of a frozen model that have an `Expansion`, each with it."""
+    for _, layer in layers_of(model):
+        if isinstance(layer.promote_dtype, Expansion):
+            yield layer, layer.promote_dtype
 
 
 def tables_of(expansion: Expansion) -> dict[str, Array]:

@@ -25,7 +25,7 @@ from compand_jax.frozen.nnx.state import (
 from compand_jax.frozen.sample import Call, abstract_call
 from compand_jax.frozen.tree import Arrays, FrozenSite
 from compand_jax.nnx.layer_kinds import weight_of
-from compand_jax.nnx.promotion import HOOK, Promotion
+from compand_jax.nnx.promotion import HOOK
 from compand_jax.nnx.quantized_model import described, named_layers, stack_shape
 
 
@@ -72,7 +72,7 @@ def _check_runs(frozen: nnx.Module, call: Call) -> None:
 def _frozen(model: nnx.Module, sites: Mapping[str, FrozenSite], arrays: Arrays) -> nnx.Module:
     frozen = nnx.clone(model)
     layers, names = named_layers(frozen), variable_names(frozen)
-    hooked = any(isinstance(own.promote_dtype, Promotion | Expansion) for own in layers.values())
+    hooked = any(isinstance(own.promote_dtype, nnx.Module) for own in layers.values())
     _require(not hooked, "that is quantized: give nnx.dequantize of it")
     for name, site in sites.items():
         _require(name in layers, f"without the layer {name!r}")

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array
 
 from compand_jax.frozen.calls import Ways, call_arguments, call_compiled, call_results
 from compand_jax.frozen.description import from_file, to_file
 from compand_jax.frozen.file import read_sealed, write_sealed
 from compand_jax.frozen.identity import Fixed
-from compand_jax.frozen.nnx.layers import expanded_layers, expanded_weight
+from compand_jax.frozen.nnx.layers import TABLES, expanded_layers, expanded_weight
 from compand_jax.frozen.nnx.state import arrays_of
 from compand_jax.frozen.sample import Signature
 from compand_jax.frozen.summary import summarize_frozen
@@ -48,7 +49,9 @@ class FrozenModule(nnx.Module):
         traced as well, as `nnx.jit` does it. All other arguments are static: each new value
         compiles again. So does a float's where the model needs its value (as a rate of dropout). A
         model that returns objects that are no pytrees is not compiled. What the method changes
-        of the model's state, such as a decoder's cache, is changed in place.
+        of the model's state, such as a decoder's cache, is changed in place. In a transformation of
+        jax that has the model from outside, such as `jax.grad(lambda x: frozen.apply(x).sum())`, it
+        is not compiled by itself, and cannot change it.
 
         The codes are those of `quantize`, and a layer by itself gives the same bits. In a network,
         XLA rounds what lies between the layers by what it is compiled with, which differs here: by
@@ -67,6 +70,8 @@ class FrozenModule(nnx.Module):
         """
         compiled = functools.partial(_run, self)
         plain = functools.partial(_call, self)
+        if _is_from_outside(self.model):
+            return plain(method, *args, **kwargs)
         return call_compiled(compiled, plain, self.ways, (method, *args), kwargs, _is_node)
 
     def weight(self, site: str) -> Array:
@@ -140,6 +145,22 @@ def _run(frozen: FrozenModule, traced: list, structure: Any, static: tuple) -> A
 def _call(frozen: FrozenModule, method: Any, *args: Any, **kwargs: Any) -> Any:
     function = getattr(type(frozen.model), method) if isinstance(method, str) else method
     return function(frozen.model, *args, **kwargs)
+
+
+def _is_from_outside(model: nnx.Module) -> bool:
+    """Whether a transformation of jax runs that a frozen model is no argument of.
+
+    `nnx.jit` would set its state there, which is an error that leaves it without attributes.
+    """
+    variables = (getattr(own, kind) for _, own in expanded_layers(model) for kind in TABLES)
+    first = next((variable for variable in variables if variable is not None), None)
+    if first is None:
+        return False
+    try:
+        first[...] = first[...]
+    except TraceContextError:
+        return True
+    return False
 
 
 def _is_node(x: Any) -> bool:
