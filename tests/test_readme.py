@@ -100,15 +100,21 @@ for page, code in json.loads(sys.argv[1]).items():
 """
 
 
-@pytest.mark.quick
-def test_code_runs_as_written(tmp_path):
-    pages = {page: "".join(blocks) for page in PAGES if (blocks := code_blocks(page, "python"))}
+FIRST = ["README.md"]
+REST = [page for page in PAGES if page not in FIRST and code_blocks(page, "python")]
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param(FIRST, marks=pytest.mark.quick), REST], ids=["readme", "pages"]
+)
+def test_code_runs_as_written(tmp_path, names):
+    pages = {page: "".join(code_blocks(page, "python")) for page in names}
     programs = {
         page: f"{code}import jax.numpy as jnp\n{CHECKS[page]}" for page, code in pages.items()
     }
     # In a process of its own: a reader's jax is not as strict as the one of the tests.
     command = [sys.executable, "-W", "error", "-c", RUN_PAGES, json.dumps(programs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     _, *printed = re.split(r"^page (.*)$", done.stdout, flags=re.MULTILINE)
     assert printed[::2] == list(pages)
