@@ -40,6 +40,7 @@ from compand_jax.models.torch_weights import load_npz_state_dict as load_npz_sta
 
 if TYPE_CHECKING:
     from compand_jax import nnx as nnx
+    from compand_jax.frozen.nnx.model import FrozenModule as FrozenModule
 
 __version__ = "0.1.0"
 
@@ -48,4 +49,6 @@ def __getattr__(name: str) -> Any:
     # flax.nnx takes about as long to import as flax.linen, and is for those who use it.
     if name == "nnx":
         return importlib.import_module("compand_jax.nnx")
+    if name == "FrozenModule":
+        return importlib.import_module("compand_jax.frozen.nnx.model").FrozenModule
     raise AttributeError(f"module 'compand_jax' has no attribute {name!r}")

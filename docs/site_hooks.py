@@ -95,8 +95,8 @@ def _entry(name: str) -> str:
 def _exports(package: str) -> Iterator[tuple[str, str]]:
     """Yields the module and the public path of what a package imports from its own modules."""
     tree = ast.parse((ROOT / package.replace(".", "/") / "__init__.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compand_jax"):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compand_jax."):
             for alias in node.names:
                 yield node.module, f"{package}.{alias.asname or alias.name}"
 
