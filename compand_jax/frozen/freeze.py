@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from compand_jax.frozen.check import initial_shapes, run_abstractly
+from compand_jax.frozen.check import initial_shapes, line, run_abstractly
 from compand_jax.frozen.codes import act_tables, check_weight, pack_weight
 from compand_jax.frozen.expansion import Weights
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
@@ -139,7 +139,15 @@ def _freeze_linen(
 
         jax.eval_shape(results, tree, call.arrays(), jax.random.key(0))
 
-    call = abstract_call(model, sample, kwargs).as_it_runs(run)
+    try:
+        call = abstract_call(model, sample, kwargs).as_it_runs(run)
+    except Exception as error:
+        if sample or kwargs:
+            raise
+        raise TypeError(  # a model that takes any arguments, such as nn.Sequential, needs some
+            f"`sample` must be arguments that the model runs with, got none ({line(error)}): "
+            "freeze(qmodel, variables, x)"
+        ) from error
     operands = list(par.quantized_operands(compand))
     sources = _sources(model, rest, call, [name for name, what in operands if what == "weight"])
     norms = _norms(qmodel, rest, call, operands) if fold_norms else {}

@@ -273,8 +273,9 @@ def _load(path: str | Path, model: nn.Module, given: Call | None) -> FrozenModel
         )
     if signature.call is None and given is None:
         raise ValueError(
-            f"`sample` must be what the model was frozen with, {path} could not hold it: give it "
-            "to load_frozen, load_frozen(path, model, *sample)"
+            f"`sample` must be what the model was frozen with, {path} does not hold it: give it "
+            "to load_frozen, load_frozen(path, model, *sample), or, where a model of NNX was "
+            "frozen, that one"
         )
     signature = signature._replace(call=signature.call or given)
     frozen = make_frozen(model, sites, act_site, signature, arrays)

@@ -48,7 +48,11 @@ def quantize_model(
       ValueError: a rule matches none of `sites`, or they were calibrated with another config.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a flax.linen Module, got {type(model).__name__}")
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"`model` must be a flax.linen Module, got {got}: give an instance of one; a model of "
+            "NNX is quantized by compand_jax.nnx.quantize"
+        )
     refuse_nnx(model)
     if not isinstance(config, QuantConfig):
         raise TypeError(

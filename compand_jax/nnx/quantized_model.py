@@ -177,7 +177,10 @@ def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:
         if isinstance(layer.promote_dtype, Promotion)
     ]
     if not found:
-        raise ValueError("`model` must be quantized, got one that is not: use nnx.quantize")
+        raise ValueError(
+            "`model` must be quantized, got one that is not, or is frozen already: use "
+            "nnx.quantize, on the model in full precision"
+        )
     return found
 
 
@@ -210,7 +213,10 @@ def _check_arguments(model: Any, config: Any) -> None:
         )
     # A `Promotion`, or what a frozen model has.
     if any(isinstance(layer.promote_dtype, nnx.Module) for _, layer in layers_of(model)):
-        raise ValueError("`model` must be in full precision, got a quantized one: dequantize it")
+        raise ValueError(
+            "`model` must be in full precision, got a quantized one: dequantize it, or give the "
+            "one that it was made of"
+        )
     mode = getattr(nnx, "set_graph_mode", None)
     if mode is not None and not mode.current_value() and config.mu_scope != "per_layer":
         raise ValueError(

@@ -284,6 +284,9 @@ def test_what_cannot_be_frozen():
         cj.freeze(qmodel, broken, x)
     with pytest.raises(TypeError, match="`sample` must be the arguments of the model's __call__"):
         cj.freeze(qmodel, variables)
+    anything = cj.quantize_model(nn.Sequential([nn.Dense(3)]), cj.QuantConfig())
+    with pytest.raises(TypeError, match=r"`sample` must be .* freeze\(qmodel, variables, x\)"):
+        cj.freeze(anything, drawn(anything, x))
     with pytest.raises(TypeError, match="got 1 and \\['trian'\\] .*: give freeze an input"):
         cj.freeze(qmodel, variables, x, trian=True)
     freeze = getattr(cj.freeze, "__wrapped__", cj.freeze)  # without the tests' own check of types

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import numpy as np
 import pytest
+from flax import nnx
 from small_models import KEY, SetUp, drawn, normal
 
 import compand_jax as cj
@@ -23,8 +24,10 @@ def test_a_model_is_a_module_and_a_config_a_config():
     quantize = getattr(cj.quantize_model, "__wrapped__", cj.quantize_model)
     with pytest.raises(TypeError, match=r"`model` must be a flax.linen Module, got function"):
         quantize(lambda x: x, cj.QuantConfig())
-    with pytest.raises(TypeError, match=r"`model` must be a flax.linen Module, got (type|Module)"):
+    with pytest.raises(TypeError, match="got the class Dense: give an instance of one"):
         quantize(nn.Dense, cj.QuantConfig())
+    with pytest.raises(TypeError, match="got Linear: .* quantized by compand_jax.nnx.quantize"):
+        quantize(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), cj.QuantConfig())
     with pytest.raises(TypeError, match=r"`config` must be a QuantConfig, got dict"):
         quantize(SetUp(), {"weight_bits": 4})
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -302,7 +303,10 @@ def test_models_that_were_not_frozen(tmp_path):
     integers = Normed(nnx.Rngs(0))
     integers.second.bias = nnx.Param(jnp.zeros(3, jnp.int32))
     wrong = {
-        "with first of shape (4, 5), not (4, 6)": (path, Normed(nnx.Rngs(0), 5)),
+        "whose layer 'first' has a weight of shape (4, 5), not (4, 6)": (
+            path,
+            Normed(nnx.Rngs(0), 5),
+        ),
         "without the layer 'first'": (path, Tied(nnx.Rngs(0))),
         "with params/norm/bias of shape None, not (6,)": (path, other),
         "with params/second/bias of int32, not float32": (path, integers),
@@ -311,7 +315,7 @@ def test_models_that_were_not_frozen(tmp_path):
             path,
             nnx.eval_shape(lambda: Normed(nnx.Rngs(0))),
         ),
-        "blocks/linear in a stack of (), not (3,)": (stack, Unstacked(nnx.Rngs(0))),
+        "with 'blocks/linear' in a stack of (), not (3,)": (stack, Unstacked(nnx.Rngs(0))),
         "of NNX for": (stack, NormedNet()),
         "the Flax module that was frozen, got the class Normed": (path, Normed),
     }
@@ -326,6 +330,8 @@ def test_models_that_were_not_frozen(tmp_path):
     qlayer = calibrated(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), CONFIG)
     cj.freeze(qlayer).save(path)
     np.testing.assert_array_equal(cj.load_frozen(path, shapes).apply(X), jitted(qlayer, X))
+    with pytest.raises(ValueError, match="does not hold it: .*, where a model of NNX was frozen"):
+        cj.load_frozen(path, nn.Dense(3))
 
 
 def test_damaged_and_edited_files(tmp_path):
@@ -384,6 +390,13 @@ def test_what_cannot_be_frozen():
     with pytest.raises(ValueError, match="`site` must have a quantized weight, got 'none' without"):
         frozen.weight("none")
     assert frozen.weight("blocks/linear").shape == (3, 4, 4)
+    with pytest.raises(ValueError, match="got one that is not, or is frozen already"):
+        cj.freeze(frozen.model)
+    packed = frozen.model.head.kernel
+    assert (packed.shape, packed.ndim, packed.size, len(packed)) == ((4, 2), 2, 8, 4)
+    assert jnp.zeros(1, packed.dtype).dtype == jnp.float32
+    with pytest.raises(ValueError, match="is in packed codes, for its layer alone"):
+        jax.lax.stop_gradient(packed)
     with pytest.raises(ValueError, match="is in packed codes, for its layer alone"):
         frozen.model.head.kernel[0]
     with pytest.raises(ValueError, match="is in packed codes, for its layer alone"):

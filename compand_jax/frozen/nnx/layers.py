@@ -1,10 +1,12 @@
 """What takes the places of a layer's weight and of its `promote_dtype` in a frozen NNX model."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -40,7 +42,7 @@ class PackedWeight(NDArrayOperatorsMixin):
 
     site: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: np.dtype
 
     def __getitem__(self, index: Any) -> "PackedWeight":
         """Returns itself for [...], as layers ask for their weights."""
@@ -49,11 +51,26 @@ class PackedWeight(NDArrayOperatorsMixin):
         return self
 
     @property
+    def ndim(self) -> int:
+        """The weight's number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The weight's number of values."""
+        return math.prod(self.shape)
+
+    @property
     def value(self) -> "PackedWeight":
         """The same, for Flax 0.11."""
         return self
 
-    def __jax_array__(self) -> Array:
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    # A property, for jax to meet the error where it only asks whether there is such a method.
+    @property
+    def __jax_array__(self) -> Any:
         raise self._used_elsewhere()
 
     def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +95,7 @@ def take_weights(model: nnx.Module, layers: Iterable[Any]) -> set[int]:
     named = [(name, own) for name, own in named_layers(model).items() if id(own) in weights]
     for name, layer in named:
         x = weights[id(layer)]
-        placed = PackedWeight(name, tuple(x.shape), x.dtype.name)
+        placed = PackedWeight(name, tuple(x.shape), jnp.dtype(x.dtype))
         set_static(layer, weight_name(layer), placed)
     left = {id(node) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Variable)}
     for _, layer in named:

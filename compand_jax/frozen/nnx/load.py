@@ -107,14 +107,14 @@ def _check_site(name: str, site: FrozenSite, layer: Any, leaf: str | None, array
     for kind in ("levels", "act_levels"):
         if name in arrays[kind]:
             found = arrays[kind][name].shape[:-1]
-            _require(found == stack, f"with {name} in a stack of {stack}, not {found}")
+            _require(found == stack, f"with {name!r} in a stack of {stack}, not {found}")
     if weight is None:
         return
     own = weight_of(layer)
     _require(weight.leaf_shape is None, f"whose layer {name!r} does not compute its weight")
     _require(weight.leaf in (None, leaf), f"whose layer {name!r} has another weight than its own")
     same = own.shape == weight.shape
-    _require(same, f"with {name} of shape {own.shape}, not {weight.shape}")
+    _require(same, f"whose layer {name!r} has a weight of shape {own.shape}, not {weight.shape}")
     rank = len(weight.scale_shape) or own.ndim - len(stack)
     _require(rank == own.ndim - len(stack), f"with another stack of {name!r}")
 
