@@ -92,7 +92,10 @@ def scale_by_transition_rate(
     def init(params: Any) -> TransitionRateState:
         found = codes(params)
         if not jax.tree.leaves(found):
-            raise ValueError("`codes` must return the codes of some weights, got none")
+            raise ValueError(
+                "`codes` must return the codes of some weights, got none: quantize weights, or "
+                "leave the transition rate out"
+            )
         zero = jnp.zeros((), jnp.float32)
         return TransitionRateState(jnp.zeros((), jnp.int32), found, zero, zero + learning_rate)
 

@@ -92,7 +92,7 @@ def test_arguments():
         scale_by_transition_rate(0.1, codes, learning_rate=0.1, momentum=1.0)
     with pytest.raises(ValueError, match="`learning_rate` must be positive, got 0.0: give the one"):
         scale_by_transition_rate(0.1, codes, learning_rate=0.0)
-    with pytest.raises(ValueError, match="`codes` must return the codes of some weights, got none"):
+    with pytest.raises(ValueError, match="`codes` must return .* got none: quantize weights"):
         scale_by_transition_rate(0.1, lambda params: {}, learning_rate=0.1).init(params)
     tx = scale_by_transition_rate(0.1, codes, learning_rate=0.1)
     with pytest.raises(ValueError, match="`params` must be given to `update`"):

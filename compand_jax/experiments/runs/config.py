@@ -193,6 +193,8 @@ class RunConfig:
         rate = self.transition_rate
         ok = rate is None or (isinstance(rate, int | float) and 0 < rate <= 1)
         require(self, "transition_rate", ok, "None or a number above 0, at most 1")
+        require(self, "finetune_learning_rate", rate is None or self.finetune_learning_rate > 0,
+                 "above 0 with `transition_rate`, which starts from it")  # fmt: skip
         require(self, "distillation_weight", 0 <= self.distillation_weight <= 1, "from 0 to 1")
         require(self, "distillation_temperature", 0 < self.distillation_temperature < math.inf,
                  "a finite number above 0")  # fmt: skip

@@ -148,7 +148,7 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
     with stage.checkpoints() as checkpoints:
         stage, state, metadata = start_or_resume(stage, checkpoints)
         stage.directory.mkdir(parents=True, exist_ok=True)
-        with user_errors(FloatingPointError):  # it diverges
+        try:
             state = fit(
                 state,
                 stage.data,
@@ -163,12 +163,21 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
                 teacher=make_teacher(config, stage),
                 at_end=functools.partial(estimate_statistics, config, stage),
             )
+        except FloatingPointError as error:  # it diverges
+            raise UserError(str(error).replace("`learning_rate`", _rates(stage))) from error
         if not checkpoints.steps():  # there was nothing to train
             checkpoints.save(int(state.step), state, metadata)
     result = _result(config, stage, state, metadata)
     if is_main():
         write_json(path, result)
     wait_for_all(f"result of {stage.name}")
+
+
+def _rates(stage: Stage) -> str:
+    """Returns the names of the fields that say how fast a stage learns."""
+    names = [name for name in stage.schedules if name != "learning_rate"]
+    first = "learning_rate" if stage.name == FULL_PRECISION else "finetune_learning_rate"
+    return " or ".join(f"`{name}`" for name in (first, *names))
 
 
 def _description(stage: Stage) -> Callable[[TrainState], dict[str, Any]]:

@@ -69,6 +69,10 @@ def test_names_of_what_is_on():
         ({"first_last_bits": 9}, "`first_last_bits` must be None or an integer from 1 to 8, got 9"),
         ({"quantizer_optimizer": "x"}, "`quantizer_optimizer` must be one of adam, sgd, got 'x'"),
         ({"transition_rate": 0.0}, "`transition_rate` must be None or a number above 0, at most 1"),
+        (
+            {"transition_rate": 0.1, "finetune_learning_rate": 0.0},
+            "`finetune_learning_rate` must be above 0 with `transition_rate`",
+        ),
         ({"preceding_bits": (1,)}, r"`preceding_bits` must be integers from 2 to 8, got \(1,\)"),
         ({"distillation_weight": 1.5}, "`distillation_weight` must be from 0 to 1, got 1.5"),
         ({"distillation_temperature": 0.0}, "`distillation_temperature` must be a finite number"),
@@ -93,6 +97,28 @@ def test_first_and_last_layer_have_bits_of_their_own(name):
     bits = {site: (config.at(site).weight_bits, config.at(site).act_bits) for site in sites}
     assert bits == dict.fromkeys(sites, (2, 2)) | dict.fromkeys(("conv1", "dense"), (8, 8))
     assert config.at("conv1").grid == "midtread"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("full_precision", ["learning_rate"]),
+        ("full_precision_continued", ["finetune_learning_rate"]),
+        ("uniform", ["finetune_learning_rate", "mu_learning_rate", "scale_learning_rate",
+                     "transition_rate"]),
+    ],
+)  # fmt: skip
+def test_divergence_names_the_fields_of_its_stage(name, fields, tiny, tmp_path, monkeypatch):  # noqa: F811
+    def diverges(*args, **kwargs):
+        raise FloatingPointError("`learning_rate` must keep the training finite: lower it")
+
+    config = tiny_config(tmp_path / "run", transition_rate=0.01)
+    stage = make_stage(config, tiny, name)
+    monkeypatch.setattr(experiments, "fit", diverges)
+    monkeypatch.setattr(experiments, "start_or_resume", lambda stage, _: (stage, None, {}))
+    named = " or ".join(f"`{field}`" for field in fields)
+    with pytest.raises(UserError, match=f"^{named} must keep the training finite: lower it"):
+        experiments._run_stage(config, stage, progress=False)
 
 
 def test_a_network_without_such_layers_is_refused(tiny, tmp_path):  # noqa: F811
