@@ -191,7 +191,9 @@ def fit(
         percentile=percentile,
     )
     shape = [n if i - values.ndim in kept else 1 for i, n in enumerate(values.shape)]
-    scale = jnp.asarray(found.scales[0], jnp.float32).reshape(shape if kept else ())
+    # The best scale of values of a few levels can lie beyond them, and beyond float32.
+    scale = np.minimum(found.scales[0], np.finfo(np.float32).max)
+    scale = jnp.asarray(scale, jnp.float32).reshape(shape if kept else ())
     return jnp.asarray(found.mu, jnp.float32), scale
 
 

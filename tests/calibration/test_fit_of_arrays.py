@@ -128,3 +128,9 @@ def test_errors(arguments, error, message):
 def test_traced():
     with pytest.raises(TypeError, match="`x` must be an array with values, got a tracer: call fit"):
         jax.jit(lambda x: cj.fit(x, bits=4))(jnp.ones(3))
+
+
+@pytest.mark.quick
+def test_the_largest_numbers_have_a_finite_scale():
+    mu, scale = cj.fit(jnp.array([1e38, 3e38], jnp.float32), bits=4)
+    assert jnp.all(jnp.isfinite(cj.fake_quantize(jnp.float32(3e38), mu, scale, bits=4)))
