@@ -52,6 +52,11 @@ def main(args: list[str]) -> None:
     checkpoint = None if options.checkpoint is None else options.checkpoint.absolute()
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"`checkpoint` must be a file, got {checkpoint}: correct it")
+    if options.parents is not None and not options.parents.is_dir():
+        raise UserError(
+            f"`parents` must be a directory that another study left, got {options.parents}: "
+            "correct it, or leave it out to train parents"
+        )
     cells = study_cells(options.preset, checkpoint=checkpoint, networks=options.networks)
     parents = options.parents or options.out / "parents"
     study = Study(

@@ -88,8 +88,9 @@ def test_errors_of_evaluate(call, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tiny", "`preset` must be one of paper, literature, laptop, smoke, vgg19-short, got 'ti"),
+        ("tiny", "`preset` must be one of paper, literature, laptop, levers, smoke, vgg"),
         ("literature --checkpoint none.npz", "`checkpoint` must be a file, got"),
+        ("smoke --parents none", "`parents` must be a directory that another study left, got none"),
         ("smoke --networks vgg19", "`networks` must be of cnn, got vgg19: correct it"),
         ("", "--out"),
     ],
@@ -211,6 +212,7 @@ UNITS = {
     "quant.mu-gradient": "lsq",
     "quant.weight-standardization": "standard deviation",
     "quant.mu-init": "0 to 255",
+    "quant.contractions": "Flax's own layers",
     "quant.rules": "JSON",
 }
 

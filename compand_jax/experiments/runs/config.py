@@ -282,13 +282,15 @@ def differences(stored: dict, config: RunConfig, *, finetune: bool = True) -> li
       config: this configuration.
       finetune: whether the fields of the fine-tuning count.
     """
-    wanted, defaults = to_json(config), to_json(RunConfig())
+    here, defaults = to_json(config), to_json(RunConfig())
+    there = {name: stored.get(name, default) for name, default in defaults.items()}
+    rules = [dataclasses.asdict(Rule(**rule)) for rule in there["quant"].get("rules", ())]
+    there["quant"] = defaults["quant"] | there["quant"] | {"rules": rules}
     rows = []
-    for name in wanted.keys() - set(FREE_FIELDS) - set(() if finetune else FINETUNE_FIELDS):
-        found = stored.get(name, defaults[name])
+    for name in here.keys() - set(FREE_FIELDS) - set(() if finetune else FINETUNE_FIELDS):
+        pairs = {name: (there[name], here[name])}
         if name == "quant":
-            rules = [dataclasses.asdict(Rule(**rule)) for rule in found.get("rules", ())]
-            found = defaults["quant"] | found | {"rules": rules}
-        if found != wanted[name]:
-            rows.append(f"{name} is {found!r} there, {wanted[name]!r} here")
+            own = here["quant"]
+            pairs = {f"quant.{key}": (x, own.get(key)) for key, x in there["quant"].items()}
+        rows += [f"{key} is {x!r} there, {y!r} here" for key, (x, y) in pairs.items() if x != y]
     return sorted(rows)

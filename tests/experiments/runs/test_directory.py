@@ -64,7 +64,9 @@ def test_fields_of_the_fine_tuning_may_change_until_it_begins(config):
     open_run_dir(three, 1)
     assert read_config(config.run_dir) == three
     (config.run_dir / "uniform").mkdir()
-    with pytest.raises(UserError, match="mu_learning_rate is 0.1 there, 0.003 here; quant is"):
+    with pytest.raises(
+        UserError, match="mu_learning_rate is 0.1 there, 0.003 here; quant.weight_bits is 3"
+    ):
         open_run_dir(config, 1)
     assert read_config(config.run_dir) == three
 

@@ -217,7 +217,7 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(done, tmp_path, tiny):  
     failed = run_study(at(tmp_path), [wrong, CELLS[0]], progress=False)
     assert failed == [wrong.name]
     failure = json.loads((tmp_path / "failures" / f"{wrong.name}.json").read_text())
-    assert failure["error"].startswith("UserError: `learning_rate` must keep")
+    assert failure["error"].startswith("UserError: `finetune_learning_rate` must keep")
     assert failure["date"]
     assert at(tmp_path).is_finished(CELLS[0])
     # Tried again, it is finished, and no failure any more.
