@@ -84,3 +84,16 @@ def mutate_json(tree, rng):
             case 2 if isinstance(node, dict):
                 node[f"{key}~2/x"] = child
         return
+
+
+def resealed(data, rng, count):
+    """Yields files whose checksum is right, with one entry of another content."""
+    header, body = split(data)
+    text = json.dumps({"header": header, "d": json.loads(header["__metadata__"]["description"])})
+    for _ in range(count):
+        tree = json.loads(text)
+        mutate_json(tree, rng)
+        found, description = tree.get("header"), tree.get("d")
+        if isinstance(found, dict) and isinstance(found.get("__metadata__"), dict):
+            found["__metadata__"]["description"] = json.dumps(description)
+            yield sealed(found, body)

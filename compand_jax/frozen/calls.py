@@ -53,7 +53,7 @@ def call_compiled(
             output = _call(compiled, plain, leaves, structure, way, is_node)
         except _ObjectError:
             way = _NOT_COMPILED
-        except Exception:
+        except Exception:  # whatever a model raises that needs a float's value
             if way != _TRACED or float not in map(type, leaves):
                 raise
             way = _CONSTANT

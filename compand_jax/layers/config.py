@@ -233,3 +233,11 @@ class QuantConfig:
             )
         except ValueError as error:
             raise ValueError(f"`rules`: at {pattern!r}, {error}") from None
+
+
+def require_config(config: Any) -> None:
+    """Raises TypeError where this is no `QuantConfig`."""
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
+        )

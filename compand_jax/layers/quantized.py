@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
-from compand_jax.layers.sites import Site, site_from_config
+from compand_jax.layers.sites import Site, check_sites, site_from_config
 from compand_jax.layers.summary import site_weight, summarize
 
 
@@ -23,6 +23,10 @@ class Quantized:
 
     config: QuantConfig
     sites: Mapping[str, Site] | None
+
+    def __post_init__(self) -> None:
+        if self.sites is not None:
+            check_sites(self.config, self.sites)
 
     def quantizers(self, variables: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
         """Returns mu and scale of every site: {site: {"weight_mu": ..., "act_scale": ..., ...}}.

@@ -12,14 +12,14 @@ from flax.core.scope import in_filter
 from jax.typing import ArrayLike
 
 from compand_jax.calibration.fit import check_arguments
-from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.config import QuantConfig, require_config
 from compand_jax.layers.contractions.program import require_inputs
 from compand_jax.layers.initial_parameters import initial_observer, initial_parameters
 from compand_jax.layers.layer_quantizer import LayerQuantizer
 from compand_jax.layers.observation import Observations
 from compand_jax.layers.parameters import fit_parameters, observed_sites
 from compand_jax.layers.quantized import Quantized, compand_of
-from compand_jax.layers.sites import Site, check_sites, require_sites
+from compand_jax.layers.sites import Site, require_sites
 from compand_jax.layers.summary import site_weight
 from compand_jax.linen.batch_statistics import CHANGEABLE, estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import feed_errors_back, observe
@@ -54,10 +54,7 @@ def quantize_model(
             "NNX is quantized by compand_jax.nnx.quantize"
         )
     refuse_nnx(model)
-    if not isinstance(config, QuantConfig):
-        raise TypeError(
-            f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
-        )
+    require_config(config)
     if config.contractions != "layers":
         require_inputs(config)
     if sites is not None:
@@ -79,10 +76,6 @@ class QuantizedModel(Quantized):
     model: nn.Module
     config: QuantConfig
     sites: Mapping[str, Site] | None = None
-
-    def __post_init__(self) -> None:
-        if self.sites is not None:
-            check_sites(self.config, self.sites)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns the model's own variables, and with them "compand", a first mu and scale each.

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
-from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.config import QuantConfig, require_config
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.parameters import first_rho
 from compand_jax.layers.sites import (
@@ -197,10 +197,7 @@ def stack_shape(layer: Any) -> tuple[int, ...]:
 
 def _check_arguments(model: Any, config: Any) -> None:
     _require_module(model)
-    if not isinstance(config, QuantConfig):
-        raise TypeError(
-            f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
-        )
+    require_config(config)
     if config.act_site != "input":
         raise ValueError(
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "

@@ -12,14 +12,14 @@ from jax.typing import ArrayLike
 from compand_jax.calibration.fit import check_arguments
 from compand_jax.layers.batch_observation import MakeObserver, observe_batches
 from compand_jax.layers.batches import require_concrete
-from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.config import QuantConfig, require_config
 from compand_jax.layers.contractions.program import Program, nested_by_name, require_inputs, trace
 from compand_jax.layers.initial_parameters import initial_observer, initial_parameters
 from compand_jax.layers.layer_quantizer import LayerQuantizer
 from compand_jax.layers.observation import Observer
 from compand_jax.layers.parameters import fit_parameters, observed_sites
 from compand_jax.layers.quantized import Quantized, compand_of
-from compand_jax.layers.sites import Site, check_sites, require_sites
+from compand_jax.layers.sites import Site, require_sites
 from compand_jax.layers.summary import site_weight
 
 
@@ -72,10 +72,7 @@ def quantize_function(
             f"`function` must be called with params, got {type(function).__name__}: give a "
             "function such as model.apply"
         )
-    if not isinstance(config, QuantConfig):
-        raise TypeError(
-            f"`config` must be a QuantConfig, got {type(config).__name__}: give QuantConfig(...)"
-        )
+    require_config(config)
     require_inputs(config)
     if sites is not None:
         require_sites(sites)
@@ -96,10 +93,6 @@ class QuantizedFunction(Quantized):
     function: Callable
     config: QuantConfig
     sites: Mapping[str, Site] | None = None
-
-    def __post_init__(self) -> None:
-        if self.sites is not None:
-            check_sites(self.config, self.sites)
 
     def init(self, params: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Returns {"params": params, "compand": ...}, with a first mu and scale of each site.
