@@ -37,6 +37,9 @@ from compand_jax.linen.quantized_model import QuantizedModel as QuantizedModel
 from compand_jax.linen.quantized_model import quantize_model as quantize_model
 from compand_jax.models.torch_weights import import_state_dict as import_state_dict
 from compand_jax.models.torch_weights import load_npz_state_dict as load_npz_state_dict
+from compand_jax.models.torch_weights import (
+    load_safetensors_state_dict as load_safetensors_state_dict,
+)
 
 if TYPE_CHECKING:
     from compand_jax import nnx as nnx

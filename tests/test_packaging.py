@@ -35,10 +35,14 @@ def imported(folder):
     return names - own - set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("folder", ["compand_jax", "scripts", "tests"])
+@pytest.mark.parametrize("folder", ["compand_jax", "scripts", "examples", "tests"])
 def test_what_is_imported_is_declared(folder):
     declared = {name_of(requirement) for requirement in PROJECT["dependencies"]}
     own = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    own |= {path.name for path in (ROOT / "examples").iterdir()}
+    if folder in ("scripts", "examples"):
+        extras = PROJECT["optional-dependencies"]
+        declared |= {name_of(requirement) for requirement in extras["encoder"]}
     if folder == "compand_jax":  # the benchmark and the export say what is missing
         extras = PROJECT["optional-dependencies"]
         declared |= {name_of(requirement) for requirement in extras["bench"] + extras["onnx"]}

@@ -1,6 +1,7 @@
 """Variables of the networks here from the state dicts of public PyTorch networks for CIFAR.
 
-PyTorch is not needed: a state dict is a mapping from names to arrays, kept in an .npz file.
+PyTorch is not needed: a state dict is a mapping from names to arrays, kept in an .npz or a
+.safetensors file.
 """
 
 import itertools
@@ -14,7 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError
 
 from compand_jax.models import VGG, AlexNet, ResNet
 from compand_jax.models.alexnet import CONVS
@@ -154,6 +157,42 @@ def load_npz_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if arrays is None:
         raise _not_npz(path)
     return arrays
+
+
+def load_safetensors_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a .safetensors file by name, as public PyTorch networks come.
+
+    Args:
+      path: Of the file.
+
+    Returns:
+      The arrays as they were saved, in the host's memory; bfloat16 is `jnp.bfloat16`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is damaged, or of another format.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_file({"linear.bias": np.zeros(10)}, f"{directory}/w.safetensors")
+    ...     print({name: w.shape for name, w in
+    ...            load_safetensors_state_dict(f"{directory}/w.safetensors").items()})
+    {'linear.bias': (10,)}
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`path` must be that of a .safetensors file, got {path}, which does not exist: "
+            "correct it"
+        )
+    try:
+        return safetensors.numpy.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"`path` must be that of a whole .safetensors file, got {path}, which is damaged or of "
+            "another format: copy it anew"
+        ) from error
 
 
 def _not_npz(path: Path) -> ValueError:

@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from torch_networks import made
 
 from compand_jax.models import CNN, MODELS, VGG, AlexNet, ResNet, create_model
-from compand_jax.models.torch_weights import import_state_dict, load_npz_state_dict
+from compand_jax.models.torch_weights import (
+    import_state_dict,
+    load_npz_state_dict,
+    load_safetensors_state_dict,
+)
 
 
 # The public networks' own lists: (out, kernel, stride, padding) a convolution, "M" a max pool.
@@ -235,3 +240,19 @@ def test_a_state_dict_is_a_mapping(given):
     plainly = getattr(import_state_dict, "__wrapped__", import_state_dict)
     with pytest.raises(TypeError, match=r"`state_dict` must map names to arrays, got (None|li|nd)"):
         plainly(given, AlexNet())
+
+
+def test_safetensors_file_as_it_was_saved(tmp_path):
+    arrays = {"a": np.arange(3, dtype=np.float16), "b": np.full((2, 1), 7, np.int64)}
+    safetensors.numpy.save_file(arrays, tmp_path / "w.safetensors")
+    found = load_safetensors_state_dict(tmp_path / "w.safetensors")
+    assert {name: x.dtype for name, x in found.items()} == {"a": np.float16, "b": np.int64}
+    assert_same(found, arrays)
+
+
+def test_safetensors_file_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`path` must be that of a \.safetensors file"):
+        load_safetensors_state_dict(tmp_path / "none")
+    (tmp_path / "cut").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(ValueError, match=r"whole \.safetensors file, got .* damaged"):
+        load_safetensors_state_dict(tmp_path / "cut")
