@@ -8,7 +8,18 @@ from compand_jax.core.codebooks import Spec, codebook
 from compand_jax.core.quantizers import quantize
 from compand_jax.frozen.packing import pack
 from compand_jax.frozen.tree import WEIGHT_TYPES
+from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.standardization import moments
+
+
+def require_layers(config: QuantConfig) -> None:
+    """Raises ValueError where weights in other contractions than layers' are to be packed."""
+    if config.contractions != "layers":
+        raise ValueError(
+            f"`qmodel` must have contractions='layers', got {config.contractions!r}: a frozen "
+            "model hands levels to Flax's layers alone, so that weights in other contractions "
+            "cannot be packed"
+        )
 
 
 def check_weight(name: str, weight: Array) -> None:

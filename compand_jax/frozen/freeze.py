@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from compand_jax.frozen.check import initial_shapes, line, run_abstractly
-from compand_jax.frozen.codes import act_tables, check_weight, pack_weight
+from compand_jax.frozen.codes import act_tables, check_weight, pack_weight, require_layers
 from compand_jax.frozen.expansion import Weights
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
@@ -122,12 +122,7 @@ def _freeze_linen(
     kwargs: dict[str, Any],
 ) -> FrozenModel:
     model, config = qmodel.model, qmodel.config
-    if config.contractions != "layers":
-        raise ValueError(
-            f"`qmodel` must have contractions='layers', got {config.contractions!r}: a frozen "
-            "model hands levels to Flax's layers alone, so that weights in other contractions "
-            "cannot be packed"
-        )
+    require_layers(config)
     compand = compand_of(variables)
     tree = {name: tree for name, tree in variables.items() if name != "compand"}
     tree = nn.meta.unbox(tree)

@@ -24,6 +24,20 @@ class Visitor(Protocol):
         ...
 
 
+class Unchanged:
+    """A visitor that leaves layers as they are."""
+
+    def operands(
+        self, layer: Layer, activation: Array | None, weight: Array
+    ) -> tuple[Array | None, Array]:
+        """Returns the operands."""
+        return activation, weight
+
+    def output(self, layer: Layer, output: Array) -> Array:
+        """Returns the output."""
+        return output
+
+
 def is_lookup(operands: tuple[Any, ...]) -> bool:
     """Returns whether a layer looks integers up: they are not among what it promotes."""
     return len(operands) == 1

@@ -13,8 +13,9 @@ from compand_jax.layers.batches import require_concrete
 from compand_jax.layers.observation import Observations, Observer
 from compand_jax.layers.parameters import fed_back
 from compand_jax.layers.sites import Site
+from compand_jax.layers.visitor import Unchanged
 from compand_jax.linen.batch_statistics import CHANGEABLE, whole_batches
-from compand_jax.linen.contractions import Unchanged, trace_model
+from compand_jax.linen.contractions import trace_model
 from compand_jax.linen.observation import observe_layers
 
 
@@ -91,7 +92,10 @@ def feed_errors_back(
     """
 
     def rounded(path: tuple, leaf: Any) -> Any:
-        name, _, kind = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        whole = jax.tree_util.keystr(path, simple=True, separator="/")
+        name, _, kind = whole.rpartition("/")
+        if whole in quantizers:  # the module multiplies it by itself
+            name, kind = whole, "kernel"
         found = quantizers.get(name, {})
         if kind != "kernel" or "weight_scale" not in found:
             return leaf

@@ -8,26 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-from jaxtyping import Array
 
 from compand_jax.layers.contractions.program import Program, trace
-from compand_jax.layers.observation import Layer
 from compand_jax.layers.visitor import Visitor
 from compand_jax.linen.interception import intercept_layers
-
-
-class Unchanged:
-    """A visitor that leaves layers as they are."""
-
-    def operands(
-        self, layer: Layer, activation: Array | None, weight: Array
-    ) -> tuple[Array | None, Array]:
-        """Returns the operands."""
-        return activation, weight
-
-    def output(self, layer: Layer, output: Array) -> Array:
-        """Returns the output."""
-        return output
 
 
 def trace_model(

@@ -21,9 +21,10 @@ from compand_jax.layers.parameters import fit_parameters, observed_sites
 from compand_jax.layers.quantized import Quantized, compand_of
 from compand_jax.layers.sites import Site, require_sites
 from compand_jax.layers.summary import site_weight
+from compand_jax.layers.visitor import Unchanged
 from compand_jax.linen.batch_statistics import CHANGEABLE, estimate_batch_stats, update_batch_stats
 from compand_jax.linen.calibration import feed_errors_back, observe
-from compand_jax.linen.contractions import Unchanged, trace_model
+from compand_jax.linen.contractions import trace_model
 from compand_jax.linen.interception import intercept_layers, refuse_nnx
 from compand_jax.linen.observation import observe_layers
 from compand_jax.linen.reach import layers_run, require_reached

@@ -18,11 +18,22 @@ from compand_jax.layers.batches import require_concrete
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observations, Observer
 from compand_jax.layers.parameters import fed_back, fit_parameters, observed_sites
+from compand_jax.layers.sites import check_rules
+from compand_jax.layers.visitor import Unchanged
 from compand_jax.nnx.batch_statistics import estimate_batch_stats, whole_batches
+from compand_jax.nnx.contractions import (
+    contractions_of,
+    own_parameters,
+    own_quantizers,
+    set_sites,
+    unhook,
+)
 from compand_jax.nnx.layer_kinds import weight_of
 from compand_jax.nnx.promotion import Promotion, parameters_of, variables_of
-from compand_jax.nnx.quantized_model import hooked_layers, stack_shape
+from compand_jax.nnx.quantized_model import hooked_layers, sites, stack_shape
 from compand_jax.nnx.variables import Quantizer
+
+_UNCHANGED = Unchanged()  # one, so that a graphdef with it equals another
 
 
 def calibrate(
@@ -70,8 +81,8 @@ def calibrate(
     1.0
     """
     percentile, mu = check_arguments(calibration, percentile, mu)
-    layers = hooked_layers(model)
-    config = layers[0][1].config
+    layers, own = hooked_layers(model), contractions_of(model)
+    config = layers[0][1].config if own is None else own.config
     if batch_stats and isinstance(batches, Iterator):
         batches = list(batches)
     seen = observe(
@@ -82,6 +93,8 @@ def calibrate(
         activations=config.quantizes_activations,
         moments=error_feedback or calibration == "output",
     )
+    if own is not None:
+        check_rules(config, {*sites(model), *_names(seen)})
     config = _of_what_ran(config, seen)
     found = observed_sites(config, seen)
     compand = fit_parameters(config, found, seen, calibration, percentile, mu)
@@ -94,6 +107,12 @@ def calibrate(
             _set(promotion, operand, compand, config, stack_shape(layer))
         if error_feedback:
             _feed_back(layer, promotion, seen)
+    if own is not None:
+        named = {promotion.layer.site for _, promotion in layers}
+        of_contractions = {name: site for name, site in found.items() if name not in named}
+        set_sites(own, of_contractions, compand, _shared(layers, config))
+        if error_feedback:
+            _feed_back_own(model, seen)
     if batch_stats:
         estimate_batch_stats(model, batches, _call(method, model_kwargs))
 
@@ -116,12 +135,24 @@ def observe(
     call = _call(method, model_kwargs)
 
     def run(make_observer: MakeObserver, state: Any, args: tuple) -> Observer:
-        copy = nnx.merge(graphdef, state)
         observer = make_observer(calls_back=True)
-        for _, promotion in hooked_layers(copy):
-            promotion.visitor = observer
+        copy = nnx.merge(graphdef, state)
+        layers, own = hooked_layers(copy), contractions_of(copy)
+        unhook(copy)
         whole_batches(copy)
-        call(copy, args)
+        for _, promotion in layers:
+            promotion.visitor = observer
+        if layers:
+            call(copy, args)
+        if own is not None:  # once more: what a layer does twice is compiled once
+            copy = nnx.merge(graphdef, state)
+            whole_batches(copy)
+            for _, promotion in hooked_layers(copy):
+                promotion.visitor = _UNCHANGED
+            own = contractions_of(copy)
+            assert own is not None
+            own.visitor = observer
+            call(copy, args)
         return observer
 
     seen = observe_batches(
@@ -145,9 +176,24 @@ def observe(
 
 def _of_what_ran(config: QuantConfig, seen: Observations) -> QuantConfig:
     """Returns a config for the sites that ran: of its rules, those that match one of them."""
-    names = {name for observer in seen.observers for name in observer.layers}
+    names = _names(seen)
     rules = [rule for rule in config.rules if any(re.fullmatch(rule.pattern, n) for n in names)]
     return dataclasses.replace(config, rules=tuple(rules))
+
+
+def _names(seen: Observations) -> set[str]:
+    return {name for observer in seen.observers for name in observer.layers}
+
+
+def _shared(layers: list[tuple[Any, Promotion]], config: QuantConfig) -> dict[tuple, Any]:
+    """Returns the variables of each mu that layers share, by path."""
+    found = {}
+    for _, promotion in layers:
+        for operand in promotion.site.operands():
+            path = par.mu_path(promotion.layer.site, operand, config)
+            if path is not None and path[0] == par.SHARED:
+                found[path], _ = variables_of(promotion, operand)
+    return found
 
 
 def _call(method: str, model_kwargs: Mapping[str, Any]) -> Callable[[Any, tuple], Any]:
@@ -189,3 +235,16 @@ def _feed_back(layer: Any, promotion: Promotion, seen: Observations) -> None:
     rounded = fed_back(kernel[...], found, promotion.site, seen, name)
     if rounded is not None:
         kernel[...] = rounded
+
+
+def _feed_back_own(model: nnx.Module, seen: Observations) -> None:
+    """Rounds with error feedback what the model itself multiplies as it is stored."""
+    params = own_parameters(model)
+    for name, operand, (mu, scale) in own_quantizers(model):
+        if operand != "weight" or name not in seen.weights:
+            continue
+        variable, site = params[name], sites(model)[name]
+        found = {"weight_mu": mu, "weight_scale": scale}
+        rounded = fed_back(variable[...], found, site, seen, name)
+        if rounded is not None:
+            variable[...] = rounded

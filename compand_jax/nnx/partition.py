@@ -6,6 +6,7 @@ import jax
 import optax
 from flax import nnx
 
+from compand_jax.nnx.contractions import ATTRIBUTE
 from compand_jax.nnx.promotion import HOOK
 
 
@@ -50,6 +51,9 @@ def _label_state(state: Any) -> Any:
 def _label(path: tuple) -> str:
     # `init` shows Variables, `update` arrays, whose types are not those of variables any more.
     keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-    if HOOK not in keys[:-1]:
-        return "weights"
-    return keys[keys.index(HOOK) + 1].rpartition("_")[2]
+    if HOOK in keys[:-1]:
+        return keys[keys.index(HOOK) + 1].rpartition("_")[2]
+    if ATTRIBUTE in keys[:-1]:
+        kinds = (key.rpartition("_")[2] for key in reversed(keys))
+        return next(kind for kind in kinds if kind in ("mu", "scale"))
+    return "weights"

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.contractions.program import marked
 from compand_jax.layers.layer_quantizer import quantize_operand, quantize_standardized
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.sites import Site, require_real
@@ -62,7 +63,10 @@ class Promotion(nnx.Module):
     def __call__(self, operands: tuple, /, **kwargs: Any) -> Any:
         """Returns what the layer's own `promote_dtype` makes of the quantized operands."""
         visitor = _Quantizing(self) if self.visitor is None else self.visitor
-        return self.promote(visited_operands(visitor, self.layer, operands), **kwargs)
+        used = visited_operands(visitor, self.layer, operands)
+        if self.config.contractions != "layers":
+            used = marked(used)
+        return self.promote(used, **kwargs)
 
 
 # Functions beside the class: Flax tabulates whatever methods a module has.

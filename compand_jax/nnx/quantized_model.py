@@ -16,10 +16,19 @@ from compand_jax.layers.sites import (
     Site,
     check_rules,
     check_sites,
+    is_product,
     require_sites,
     site_from_config,
 )
 from compand_jax.layers.summary import summarize
+from compand_jax.nnx.contractions import (
+    contractions_of,
+    hook,
+    own_parameters,
+    own_quantizers,
+    set_sites,
+    unhook,
+)
 from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, unrolling_of, weight_ndim, weight_of
 from compand_jax.nnx.promotion import HOOK, Promotion, parameters_of
 from compand_jax.nnx.variables import Mu, Scale
@@ -32,7 +41,9 @@ def quantize(model: M, config: QuantConfig, *, sites: Mapping[str, Site] | None 
 
     Quantized are Linear, LinearGeneral, Einsum, Conv, ConvTranspose and Embed, wherever they are
     in the model, in attention and recurrent cells too. A layer on several paths is one site, named
-    by the first of them. The copy is a model of the same class, used as ever. Its `nnx.Param` are
+    by the first of them. With the config's `contractions`, the parameters that the model's own
+    code multiplies are sites as well, named by their paths: `calibrate` finds them, and the copy
+    is not run before. The copy is a model of the same class, used as ever. Its `nnx.Param` are
     those of the model; mu and scale are further variables, `Mu` and `Scale`. As `nnx.clone` does
     it, both share their arrays until one of them is changed.
 
@@ -69,21 +80,29 @@ def quantize(model: M, config: QuantConfig, *, sites: Mapping[str, Site] | None 
         check_sites(config, sites)
     qmodel = nnx.clone(model)
     layers = named_layers(qmodel)
-    if not layers:
+    own = config.contractions != "layers"
+    params = own_parameters(qmodel) if own else {}
+    if not layers and not params:
         raise ValueError(
             "`model` must have a layer to quantize (Linear, LinearGeneral, Einsum, Conv, "
             "ConvTranspose or Embed), found none: a Linen module in nnx.bridge.ToNNX is quantized "
-            "by quantize_model"
+            "by quantize_model, and parameters that a module multiplies by itself are reached by "
+            "QuantConfig(contractions='parameters')"
         )
-    check_rules(config, layers)
-    if sites is not None and (unknown := set(sites) - set(layers)):
+    if not own:
+        check_rules(config, layers)
+    if sites is not None and (unknown := _unknown(sites, {*layers, *params}, config)):
         raise ValueError(
-            f"`sites` must be this model's, {', '.join(map(repr, sorted(unknown)))} is none of "
-            f"{', '.join(map(repr, sorted(layers)))}"
+            f"`sites` must be this model's, {', '.join(map(repr, unknown))} is none of "
+            f"{', '.join(map(repr, sorted({*layers, *params})))}"
         )
     shared: dict[tuple[str, ...], Mu] = {}
     for name, layer in layers.items():
         _hook(layer, name, config, None if sites is None else sites.get(name), shared)
+    if own:
+        contractions = hook(qmodel, config)
+        found = {name: site for name, site in (sites or {}).items() if name not in layers}
+        set_sites(contractions, found, _first_parameters(found, params, config), shared)
     return qmodel
 
 
@@ -102,6 +121,7 @@ def dequantize(model: M) -> M:
     plain = nnx.clone(model)
     for layer, promotion in hooked_layers(plain):
         set_static(layer, HOOK, promotion.promote)
+    unhook(plain)
     return plain
 
 
@@ -116,7 +136,9 @@ def sites(model: nnx.Module) -> dict[str, Site]:
     Raises:
       ValueError: `model` is not quantized.
     """
-    return {promotion.layer.site: promotion.site for _, promotion in hooked_layers(model)}
+    found = {promotion.layer.site: promotion.site for _, promotion in hooked_layers(model)}
+    own = contractions_of(model)
+    return found if own is None else {**found, **own.sites}
 
 
 def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
@@ -141,6 +163,8 @@ def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
             if (parameters := parameters_of(promotion, operand, weight)) is not None:
                 mu, own[f"{operand}_scale"] = parameters
                 own[f"{operand}_mu"] = jnp.broadcast_to(mu, stack_shape(layer))
+    for name, operand, (mu, scale) in own_quantizers(model):
+        found.setdefault(name, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})
     return found
 
 
@@ -176,7 +200,7 @@ def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:
         for _, layer in layers_of(model)
         if isinstance(layer.promote_dtype, Promotion)
     ]
-    if not found:
+    if not found and contractions_of(model) is None:
         raise ValueError(
             "`model` must be quantized, got one that is not, or is frozen already: use "
             "nnx.quantize, on the model in full precision"
@@ -203,13 +227,10 @@ def _check_arguments(model: Any, config: Any) -> None:
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "
             "can be reached at what they multiply alone"
         )
-    if config.contractions != "layers":
-        raise ValueError(
-            f"`contractions` must be 'layers' for an NNX model, got {config.contractions!r}: its "
-            "own contractions are found by quantize_function, of nnx.split(model, nnx.Param, ...)"
-        )
     # A `Promotion`, or what a frozen model has.
-    if any(isinstance(layer.promote_dtype, nnx.Module) for _, layer in layers_of(model)):
+    if contractions_of(model) is not None or any(
+        isinstance(layer.promote_dtype, nnx.Module) for _, layer in layers_of(model)
+    ):
         raise ValueError(
             "`model` must be in full precision, got a quantized one: dequantize it, or give the "
             "one that it was made of"
@@ -266,6 +287,28 @@ def _hook(
         mu = shared.setdefault(path, Mu(par.theta_from_mu(config.mu_init)))
         setattr(promotion, f"{operand}_mu", mu)
     setattr(layer, HOOK, nnx.data(promotion))
+
+
+def _unknown(sites: Mapping[str, Site], names: set[str], config: QuantConfig) -> list[str]:
+    """Returns the sites that no model with such layers and parameters has."""
+    products = {name for name in sites if config.contractions == "all" and is_product(name)}
+    return sorted(set(sites) - names - products)
+
+
+def _first_parameters(
+    sites: Mapping[str, Site], params: Mapping[str, nnx.Variable], config: QuantConfig
+) -> dict[str, Any]:
+    """Returns theta and rho of a model's own contractions, before they are calibrated."""
+    compand: dict[str, Any] = {}
+    for name, site in sites.items():
+        for operand in site.operands():
+            rho = jnp.zeros((), jnp.float32)
+            if operand == "weight":
+                rho = _first_rho(params[name][...], site, site.scale_axes or (-1,), ())
+            par.set_leaf(compand, par.scale_path(name, operand), rho)
+            if (path := par.mu_path(name, operand, config)) is not None:
+                par.set_leaf(compand, path, par.theta_from_mu(config.mu_init))
+    return compand
 
 
 def _first_rho(

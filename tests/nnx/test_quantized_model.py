@@ -219,8 +219,6 @@ def test_what_is_refused_is_named():
         unchecked(model, config(), sites=3)
     with pytest.raises(ValueError, match="`act_site` must be 'input' for an NNX model"):
         cj.nnx.quantize(model, config(act_site="output"))
-    with pytest.raises(ValueError, match="`contractions` must be 'layers' for an NNX model, got"):
-        cj.nnx.quantize(model, config(contractions="all"))
     with pytest.raises(ValueError, match="`model` must be in full precision, got a quantized one"):
         cj.nnx.quantize(qmodel, config())
     with pytest.raises(ValueError, match="`model` must be quantized, got one that is not"):

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from compand_jax.frozen.codes import act_tables, check_weight, pack_weight
+from compand_jax.frozen.codes import act_tables, check_weight, pack_weight, require_layers
 from compand_jax.frozen.nnx.layers import Expansion, take_weights
 from compand_jax.frozen.nnx.model import FrozenModule
 from compand_jax.frozen.nnx.observed_call import ObservedModule, run_abstractly
@@ -16,6 +16,7 @@ from compand_jax.frozen.nnx.state import copied, variable_names
 from compand_jax.frozen.origins import computed_weights, find_origins
 from compand_jax.frozen.sample import Call, Signature, abstract_call
 from compand_jax.frozen.tree import FrozenSite, FrozenWeight
+from compand_jax.nnx.contractions import contractions_of
 from compand_jax.nnx.layer_kinds import weight_of
 from compand_jax.nnx.promotion import HOOK, Promotion, parameters_of
 from compand_jax.nnx.quantized_model import hooked_layers, set_static, stack_shape
@@ -38,6 +39,9 @@ class _Traced(NamedTuple):
 
 def freeze_module(qmodel: nnx.Module, sample: tuple, kwargs: dict[str, Any]) -> FrozenModule:
     """Returns a quantized NNX model for inference alone; see `compand_jax.freeze`."""
+    own = contractions_of(qmodel) if isinstance(qmodel, nnx.Module) else None
+    if own is not None:
+        require_layers(own.config)
     _check_calibrated(qmodel)
     call = abstract_call(qmodel, sample, kwargs, own_options=()) if sample or kwargs else None
     traced = _without_sample(qmodel) if call is None else _traced(qmodel, call)

@@ -15,15 +15,8 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array
 
-from compand_jax.layers.contractions.plan import (
-    CALLS,
-    REMATS,
-    Contraction,
-    Moved,
-    Nested,
-    Plan,
-    scan_parts,
-)
+from compand_jax.layers.contractions.bodies import CALLS, REMATS, passed_on, scan_parts
+from compand_jax.layers.contractions.plan import Contraction, Moved, Nested, Plan
 from compand_jax.layers.observation import Layer
 
 Memo = dict["Quantized", Any]
@@ -149,19 +142,26 @@ class Evaluation:
         if name in CALLS:
             body = params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"]
             return self._run(plans[0], body, given, views, memo)
+        return self._again(equation, plans, given, views, memo), passed_on(equation, views)
+
+    def _again(
+        self, equation: Any, plans: tuple[Plan, ...], given: list, views: Views, memo: Memo
+    ) -> Sequence[Any]:
+        """Returns the results of remat, cond, scan or while, built again."""
+        name, params = equation.primitive.name, equation.params
         if name in REMATS:
             body = self._body(plans[0], params["jaxpr"], views)
             remat = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-            return remat(*given), ()
+            return remat(*given)
         if name == "cond":
             bodies = [
                 self._body(plan, branch, views[1:])
                 for plan, branch in zip(plans, params["branches"], strict=True)
             ]
-            return lax.switch(given[0], bodies, *given[1:]), ()
+            return lax.switch(given[0], bodies, *given[1:])
         if name == "scan":
-            return self._scan(equation, plans[0], given, views, memo), ()
-        return self._while(equation, plans, given, views, memo), ()
+            return self._scan(equation, plans[0], given, views, memo)
+        return self._while(equation, plans, given, views, memo)
 
     def _body(self, plan: Plan, closed: Any, views: Views) -> Callable[..., list[Any]]:
         return lambda *args: self._run(plan, closed, args, views, {})[0]
@@ -172,11 +172,10 @@ class Evaluation:
         params = equation.params
         first = params["cond_nconsts"]
         second = first + params["body_nconsts"]
-        none = [None] * (len(given) - second)
-        before = self._made_before(plans[0], views[:first], memo)
-        condition = self._body(plans[0], params["cond_jaxpr"], [*before, *none])
-        before = self._made_before(plans[1], views[first:second], memo)
-        body = self._body(plans[1], params["body_jaxpr"], [*before, *none])
+        before = self._made_before(plans[0], [*views[:first], *views[second:]], memo)
+        condition = self._body(plans[0], params["cond_jaxpr"], before)
+        before = self._made_before(plans[1], views[first:], memo)
+        body = self._body(plans[1], params["body_jaxpr"], before)
         return lax.while_loop(
             lambda carry: condition(*given[:first], *carry)[0],
             lambda carry: tuple(body(*given[first:second], *carry)),
@@ -189,7 +188,7 @@ class Evaluation:
         params = equation.params
         consts, carry, _ = scan_parts(equation)
         xs = consts + carry
-        before = self._made_before(plan, views[:consts], memo)
+        before = self._made_before(plan, views[:xs], memo)
         # A stack that was moved on the way is quantized as a whole, and scanned over beside it.
         beside = {
             i: quantized.value(memo)
@@ -203,8 +202,7 @@ class Evaluation:
             own = [self._whole(plan, i, x) for i, x in enumerate(layers, xs)]
             for i, layer in moved.items():
                 own[i] = _known(layer)
-            quantized = [*before, *[None] * carry, *own]
-            results, _ = self._run(plan, params["jaxpr"], args, quantized, {})
+            results, _ = self._run(plan, params["jaxpr"], args, [*before, *own], {})
             return results[:carry], results[carry:]
 
         options = {"_split_transpose"} & params.keys()
@@ -220,7 +218,10 @@ class Evaluation:
         return [*carried, *stacked]
 
     def _made_before(self, plan: Plan, views: Views, memo: Memo) -> Views:
-        """Returns a loop's constants, made once before it where its body contracts them."""
+        """Returns a loop's constants, and what it carries as it is, made once before it.
+
+        That is where its body contracts them.
+        """
         return [
             _known(quantized.value(memo))
             if quantized and view and view.path in plan.weights

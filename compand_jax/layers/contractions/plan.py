@@ -14,21 +14,13 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from compand_jax.layers.contractions.bodies import CALLS, bodies_of, passed_on
 from compand_jax.layers.contractions.views import View, moved
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.unrolling import Unrolling
 
 BY_ITS_LAYER = "compand_jax: quantized by its layer"
 """The name, as `jax.ad_checkpoint.checkpoint_name` gives it, of a weight that is quantized."""
-
-# Their body takes the operands as they are, and returns the results.
-CALLS = frozenset(
-    (
-        "jit", "pjit", "closed_call", "core_call",
-        "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
-    )
-)  # fmt: skip
-REMATS = frozenset(("checkpoint", "remat", "remat2"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ class Contraction:
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """An equation with a site in a body of it."""
+    """An equation with a site in a body of it, or one that passes a parameter on."""
 
     plans: tuple["Plan", ...]
 
@@ -155,7 +147,8 @@ class Planner:
             if isinstance(step, Nested):
                 has_site |= any(plan.has_site for plan in step.plans)
                 weights = weights.union(*(plan.weights for plan in step.plans))
-                results = step.plans[0].results if equation.primitive.name in CALLS else ()
+                is_call = equation.primitive.name in CALLS
+                results = step.plans[0].results if is_call else passed_on(equation, own)
             known |= {v: view for v, view in zip(equation.outvars, results) if view is not None}  # noqa: B905
         found = [None if isinstance(v, Literal) else known.get(v) for v in jaxpr.outvars]
         return Plan(tuple(steps), tuple(views), tuple(found), frozenset(weights), has_site)
@@ -172,10 +165,13 @@ class Planner:
         if bodies:
             inner = f"{scope}/{equation.source_info.name_stack}"
             plans = tuple(self.plan(body, own, inner) for body, own in bodies)
-            if any(plan.has_site for plan in plans):
+            is_call = name in CALLS
+            if any(plan.has_site for plan in plans) or (
+                not is_call and any(passed_on(equation, views))
+            ):
                 return Nested(plans)
             # A rule of derivatives is kept, for the quantized view as for the plain one.
-            is_view = name in CALLS and any(plans[0].results)
+            is_view = is_call and any(plans[0].results)
             return Moved(plans[0].results) if is_view else None
         first = views[0] if views else None
         if first is None or not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
@@ -257,40 +253,6 @@ def plan_program(
     plan = planner.plan(jaxpr, views)
     planner.uses = {site: use for site, use in planner.uses.items() if site in plan.weights}
     return plan, planner
-
-
-def bodies_of(
-    equation: Any, views: Sequence[View | None]
-) -> list[tuple[Any, Sequence[View | None]]]:
-    """Returns the bodies of an equation that are interpreted, each with its arguments' views."""
-    name, params = equation.primitive.name, equation.params
-    if name in CALLS | REMATS:
-        return [(params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"], views)]
-    if name == "scan":
-        consts, carry, _ = scan_parts(equation)
-        layers = [None if view is None else view.layer() for view in views[consts + carry :]]
-        return [(params["jaxpr"], [*views[:consts], *[None] * carry, *layers])]
-    if name == "while":
-        first = params["cond_nconsts"]
-        second = first + params["body_nconsts"]
-        carry = [None] * (len(views) - second)
-        return [
-            (params["cond_jaxpr"], [*views[:first], *carry]),
-            (params["body_jaxpr"], [*views[first:second], *carry]),
-        ]
-    if name == "cond":
-        return [(branch, views[1:]) for branch in params["branches"]]
-    return []
-
-
-def scan_parts(equation: Any) -> tuple[int, int, int]:
-    """Returns how many of a scan's operands are constants, are carried and are scanned over."""
-    params = equation.params
-    if "num_consts" in params:
-        consts, carry = params["num_consts"], params["num_carry"]
-    else:  # from jax 0.11 on
-        consts, carry, _ = map(len, params["ft_in"].unpack())
-    return consts, carry, len(equation.invars) - consts - carry
 
 
 def scope_name(scope: str) -> str:

@@ -233,3 +233,42 @@ def test_structure_is_kept():
     assert primitives(scan.params["jaxpr"]).index(remat) < primitives(scan.params["jaxpr"]).index(
         "sin"
     )
+
+
+def passed_on(q, params, x):
+    """Bodies that return the parameters that they are given, as those of NNX do."""
+
+    def body(w, x, name="w"):
+        return w, jnp.tanh(q.a(name, x) @ q.w(name, w))
+
+    def layer(x, w):
+        w, x = body(w, x, "stack")
+        return x, w
+
+    w, x = jax.checkpoint(body)(params["w"], x)
+    w, x = lax.cond(x[0, 0] > -9, body, lambda w, x: (w, x), w, x)
+    (w, x), _ = lax.scan(lambda carry, _: (body(*carry), None), (w, x), length=2)
+    x, stack = lax.scan(layer, x, params["stack"])
+    x, stack = lax.scan(layer, x, stack, reverse=True)
+    return body(w, x)[1], stack
+
+
+def test_what_passes_a_parameter_on():
+    params = {"w": normal(4, 4), "stack": normal(2, 4, 4, seed=1)}
+    assert set(assert_replaced(passed_on, params, normal(3, 4))) == {"w", "stack"}
+
+    def loop(q, w, x):
+        def body(carry):
+            w, x, i = carry
+            return w, jnp.tanh(q.a("params", x) @ q.w("params", w)), i + 1
+
+        w, x, _ = lax.while_loop(lambda carry: carry[2] < 2, body, (w, x, jnp.int32(0)))
+        return q.a("params", x) @ q.w("params", w)
+
+    w, x = params["w"], normal(3, 4)
+    program = trace(functools.partial(loop, Plainly()), w, (x,), {}, products=False)
+    hand = ByHand(program.layers)
+    found = program.run(
+        lambda layer, w: hand.w(layer.site, w), lambda layer, x: hand.a("params", x)
+    )
+    np.testing.assert_allclose(found, loop(hand, w, x), rtol=1e-5, atol=1e-6)
