@@ -44,64 +44,54 @@ def best_scales_of_histograms(
 
     As `scale_search.best_scales`, which does so from one grid.
     """
-    found = [
-        _best_scale(magnitudes, sums, mu, starts[:, :, row], spec, descents)
-        for row, (magnitudes, sums, mu) in enumerate(zip(*cumulated, mus, strict=True))
-    ]
-    scales, errors = np.array(found).T
-    return scales, errors
-
-
-def _best_scale(
-    magnitudes: np.ndarray,
-    sums: np.ndarray,
-    mu: float,
-    starts: Float[np.ndarray, "grids k"],
-    spec: Spec,
-    descents: int,
-) -> tuple[float, float]:
-    table = tuple(_expand(y, mu) for y in positions(spec))
+    table = tuple(_expand(y[None], mus[:, None]) for y in positions(spec))
     side = "left" if spec.midrise else "right"  # at a tie: the outer level, or the inner one
-    attempt = functools.partial(_attempt, magnitudes, sums, table, side)
+    attempt = functools.partial(_attempt, cumulated, table, side)
+    starts = np.moveaxis(starts, 2, 0)
     errors, onward, bounds = attempt(starts)
     scales = _pick(starts, errors)
-    onward, errors = _pick(onward, bounds), errors.min(1)
+    onward, errors = _pick(onward, bounds), errors.min(2)
     for _ in range(descents):
         new, further, _ = attempt(onward)
         scales = np.where(new < errors, onward, scales)
         errors, onward = np.minimum(new, errors), further
-    best = errors.argmin()
-    return scales[best], errors[best]
+    best = errors.argmin(1)[:, None]
+    return np.take_along_axis(scales, best, 1)[:, 0], np.take_along_axis(errors, best, 1)[:, 0]
 
 
 def _attempt(
-    magnitudes: np.ndarray,
-    sums: np.ndarray,
+    cumulated: Cumulated,
     table: tuple[np.ndarray, ...],
     side: Literal["left", "right"],
-    scale: np.ndarray,
+    scale: Float[np.ndarray, "rows ..."],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns of scales the errors, those one step on, and bounds of their errors.
 
     The step goes to where the error of a tensor whose values keep their codes is least.
     """
-    levels, thresholds = table
-    bounds = np.searchsorted(magnitudes, scale[..., None] * thresholds, side)
-    ends = np.zeros_like(bounds[..., :1])
-    bounds = np.concatenate([ends, bounds, ends + len(magnitudes)], -1)
-    count, first, second = np.diff(sums[:, bounds])
-    level = scale[..., None] * levels
-    power = np.sum(level**2 * count, -1)
-    gain = np.sum(level * first, -1) - power
+    shape = (len(scale), *(1,) * (scale.ndim - 1), -1)
+    levels, thresholds = (scale[..., None] * part.reshape(shape) for part in table)
+    between = [
+        sums[:, np.searchsorted(magnitudes, own, side)]
+        for magnitudes, sums, own in zip(*cumulated, thresholds, strict=True)
+    ]
+    ends = cumulated.sums[:, :, -1].reshape(len(scale), 3, *(1,) * scale.ndim)
+    ends = np.broadcast_to(ends, (len(scale), 3, *scale.shape[1:], 1))
+    count, first, second = np.moveaxis(
+        np.diff(np.concatenate([np.zeros_like(ends), np.stack(between), ends], -1)), 1, 0
+    )
+    power = np.sum(levels**2 * count, -1)
+    gain = np.sum(levels * first, -1) - power
     error = np.maximum(np.sum(second, -1) - 2 * gain - power, 0)
     step = np.where(power > 0, gain / np.where(power > 0, power, 1), 0)
     return error, scale * np.maximum(1 + step, 0.5), error - step * gain
 
 
-def _expand(y: np.ndarray, mu: float) -> np.ndarray:
-    return np.expm1(y * np.log1p(mu)) / mu if mu > 0 else y
+def _expand(y: np.ndarray, mu: np.ndarray) -> np.ndarray:
+    curved = np.where(mu > 0, mu, 1)
+    return np.where(mu > 0, np.expm1(y * np.log1p(curved)) / curved, y)
 
 
 def _pick(values: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Returns of each grid the value where the error is least."""
-    return np.take_along_axis(values, errors.argmin(1)[:, None], 1)[:, 0]
+    """Returns of each row and grid the value where the error is least."""
+    return np.take_along_axis(values, errors.argmin(2)[..., None], 2)[..., 0]

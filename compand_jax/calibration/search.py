@@ -234,20 +234,19 @@ class Search:
         self, batch: _Batch, mus: np.ndarray, starts: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         sample, spec = batch.sample, batch.spec
-        own = jnp.asarray(mus[self._owners[batch.tensors]], jnp.float32)
+        own = mus[self._owners[batch.tensors]].astype(np.float32)
         descents = 0 if self._percent is not None else _DESCENTS
         if self._percent is not None:
-            grids = [percentile_scales(sample, jnp.float32(self._percent))[None]]
+            grids = percentile_scales(sample, jnp.float32(self._percent))[None, None]
         elif starts is not None:
-            grids = [jnp.asarray(starts, jnp.float32)]
+            grids = np.asarray(starts, np.float32)[None]
         else:
-            grids = [starting_scales(sample, own, jnp.asarray(grid, jnp.float32), spec)
-                     for grid in self._effort.grids]  # fmt: skip
+            exponents = np.concatenate(self._effort.grids).astype(np.float32)
+            found = starting_scales(sample, own, exponents, spec)
+            grids = found.reshape(len(self._effort.grids), -1, len(own))
         if batch.cumulated is not None:
-            stacked = np.stack(jax.device_get(grids)).astype(np.float64)
-            return best_scales_of_histograms(
-                batch.cumulated, np.asarray(own, np.float64), stacked, spec, descents
-            )
+            wide = np.asarray(own, np.float64), np.asarray(grids, np.float64)
+            return best_scales_of_histograms(batch.cumulated, *wide, spec, descents)
         found = [best_scales(sample, own, grid, spec, descents) for grid in grids]
         scales, errors = zip(*jax.device_get(found), strict=True)
         winner = np.argmin(errors, 0)
