@@ -41,6 +41,9 @@ class Args:
     """Only the cells of these networks."""
     discard_checkpoints: bool = False
     """Delete a cell's checkpoints once it is recorded."""
+    tensorboard: bool = False
+    """Whether each training's metrics, and histograms of its weights, are written for TensorBoard
+    too, into a directory of that name beside its log; needs the extra `tensorboard`."""
     data_dir: Path = Path("data")
     """Directory of the prepared data sets."""
 
@@ -60,7 +63,12 @@ def main(args: list[str]) -> None:
     cells = study_cells(options.preset, checkpoint=checkpoint, networks=options.networks)
     parents = options.parents or options.out / "parents"
     study = Study(
-        options.preset, options.out, parents, options.data_dir, options.discard_checkpoints
+        options.preset,
+        options.out,
+        parents,
+        options.data_dir,
+        options.discard_checkpoints,
+        options.tensorboard,
     )
     if options.dry_run:
         print(list_cells(study, cells))

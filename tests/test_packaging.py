@@ -43,9 +43,10 @@ def test_what_is_imported_is_declared(folder):
     if folder in ("scripts", "examples"):
         extras = PROJECT["optional-dependencies"]
         declared |= {name_of(requirement) for requirement in extras["encoder"]}
-    if folder == "compand_jax":  # the benchmark and the export say what is missing
+    if folder == "compand_jax":  # benchmark, export and training say what is missing
         extras = PROJECT["optional-dependencies"]
-        declared |= {name_of(requirement) for requirement in extras["bench"] + extras["onnx"]}
+        optional = extras["bench"] + extras["onnx"] + extras["tensorboard"]
+        declared |= {name_of(requirement) for requirement in optional}
         declared.add("jax2onnx")  # installed without its dependencies, see docs/frozen_format.md
     if folder == "tests":
         declared |= {

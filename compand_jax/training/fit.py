@@ -23,6 +23,7 @@ from compand_jax.data.images import ImageData, normalize
 from compand_jax.data.packages import needed_for
 from compand_jax.training.checkpoints import Checkpoints
 from compand_jax.training.distributed import data_mesh, everywhere, is_main, replicate, split
+from compand_jax.training.events import Events
 from compand_jax.training.metrics_log import append_log, truncate_log
 from compand_jax.training.steps import Teacher, TrainState, train_step
 
@@ -151,6 +152,7 @@ def fit(
     devices: Sequence[Any] | None = None,
     teacher: Teacher | None = None,
     at_end: Callable[[TrainState], TrainState] | None = None,
+    events: Events | None = None,
 ) -> TrainState:
     """Returns the state after `config.epochs` epochs, counted from step 0.
 
@@ -174,6 +176,7 @@ def fit(
       teacher: mixes its answers into the loss, see `Teacher`; None trains on the labels alone.
       at_end: called with the state after the last step, before it is saved; what it returns is
         the result.
+      events: for TensorBoard, given each row of the log, and the state at the end of each epoch.
 
     Raises:
       ValueError: if a batch is larger than the split or does not divide over the devices.
@@ -206,8 +209,13 @@ def fit(
             row = {"step": step, "epoch": round(step / per_epoch, 4)}
             row |= _measured(sums, config, length)
             row["seconds"] = round(time.perf_counter() - began, 4)
+            whole = row | jax.tree.map(lambda x: np.asarray(x).tolist(), described)
             if log is not None:
-                append_log(log, row | jax.tree.map(lambda x: np.asarray(x).tolist(), described))
+                append_log(log, whole)
+            if events is not None:
+                events.row(whole)
+                if step % per_epoch == 0:
+                    events.epoch(step, state)
             bar.update(length)
             shown = {"loss": f"{row['loss']:.3f}", "accuracy": f"{row['accuracy']:.1f}%"}
             bar.set_postfix(shown, refresh=False)

@@ -197,6 +197,7 @@ UNITS = {
     "batch-stats-batches": "batches",
     "steps-per-call": "steps",
     "checkpoint-every": "in epochs",
+    "tensorboard": "TensorBoard",
     "data-dir": "Directory",
     "run-dir": "Directory",
     "record-dir": "Directory",
@@ -238,7 +239,11 @@ def test_help_names_every_field_its_unit_and_its_default(name):
     command = [sys.executable, str(SCRIPTS / "train.py"), name, "--help"]
     out = subprocess.run(command, capture_output=True, env=wide, check=True).stdout.decode()
     text = " ".join(" ".join(line.strip("│ ") for line in out.splitlines()).split())
-    text = re.sub(r"[─╭╮╰╯]+|, --(quant\.)?no-(flip|distributed|weight-standardization)", " ", text)
+    text = re.sub(
+        r"[─╭╮╰╯]+|, --(quant\.)?no-(flip|distributed|tensorboard|weight-standardization)",
+        " ",
+        text,
+    )
     entries = dict(re.findall(r" --((?:quant\.)?[a-z_-]+)(?=[ ,])(.*?)(?= --|$)", text))
     defaults = dict(wanted_defaults(PRESETS[name]))
     assert entries.keys() >= defaults.keys() == UNITS.keys()

@@ -44,7 +44,8 @@ QUANTIZER_OPTIMIZERS = ("adam", "sgd")
 DIRECTORY_FIELDS = ("data_dir", "run_dir", "record_dir", "parent_dir")
 PATH_FIELDS = (*DIRECTORY_FIELDS, "state_dict")
 # What changes no result but for rounding, so that a run may go on with another value.
-FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", "distributed", *DIRECTORY_FIELDS)
+FREE_FIELDS = ("methods", "steps_per_call", "checkpoint_every", "distributed", "tensorboard",
+               *DIRECTORY_FIELDS)  # fmt: skip
 # What only matters once a fine-tuning has begun.
 FINETUNE_FIELDS = (
     "finetune_epochs",
@@ -162,6 +163,9 @@ class RunConfig:
     distributed: bool = False
     """Whether this is one of several processes that train together, on one machine or many; see
     docs/many_machines.md."""
+    tensorboard: bool = False
+    """Whether each stage's metrics, and histograms of its weights, are written for TensorBoard too,
+    into a directory of that name; needs the extra `tensorboard`."""
     data_dir: Path = Path("data")
     """Directory of the prepared data sets."""
     run_dir: Path = Path("runs/digits")

@@ -33,8 +33,10 @@ from compand_jax.experiments.runs.stages import (
     make_teacher,
     start_or_resume,
 )
+from compand_jax.experiments.runs.tensorboard import make_events
 from compand_jax.layers.model_size import model_bytes
 from compand_jax.training.distributed import is_main, wait_for_all
+from compand_jax.training.events import require_tensorboard
 from compand_jax.training.fit import check_devices, fit
 from compand_jax.training.metrics_log import read_log
 from compand_jax.training.steps import TrainState
@@ -85,8 +87,10 @@ def train_stages(config: RunConfig, data: ImageData, *, progress: bool = True) -
     Raises:
       As `run`.
     """
-    with user_errors(ValueError):
+    with user_errors(ValueError, ImportError):
         check_devices(config.batch_size, jax.device_count())
+        if config.tensorboard:
+            require_tensorboard()
     # Every stage is made before the first one is trained: a rule that matches no layer is an error
     # at once.
     names = [method.name for method in METHODS if method in config.methods]
@@ -148,6 +152,7 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
     with stage.checkpoints() as checkpoints:
         stage, state, metadata = start_or_resume(stage, checkpoints)
         stage.directory.mkdir(parents=True, exist_ok=True)
+        events = make_events(stage, int(state.step)) if config.tensorboard else None
         try:
             state = fit(
                 state,
@@ -162,9 +167,13 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
                 progress=stage.name if progress else None,
                 teacher=make_teacher(config, stage),
                 at_end=functools.partial(estimate_statistics, config, stage),
+                events=events,
             )
         except FloatingPointError as error:  # it diverges
             raise UserError(str(error).replace("`learning_rate`", _rates(stage))) from error
+        finally:
+            if events is not None:
+                events.close()
         if not checkpoints.steps():  # there was nothing to train
             checkpoints.save(int(state.step), state, metadata)
     result = _result(config, stage, state, metadata)

@@ -24,13 +24,14 @@ from typing import IO
 
 import jax
 
-from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.errors import UserError, user_errors
 from compand_jax.experiments.records import make_writable, provenance, read_json, write_json
 from compand_jax.experiments.runs.config import FULL_PRECISION, RunConfig, to_json
 from compand_jax.experiments.runs.directory import check_config
 from compand_jax.experiments.runs.run import load_run_data, train_stages
 from compand_jax.experiments.study.grid import Cell
 from compand_jax.experiments.study.records import cell_record, parent_record
+from compand_jax.training.events import require_tensorboard
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Study:
       parents_dir: of the parents' runs.
       data_dir: of the prepared data sets.
       discard_checkpoints: whether a cell's checkpoints are deleted once its record is written.
+      tensorboard: whether each training writes for TensorBoard, too.
     """
 
     preset: str
@@ -50,6 +52,7 @@ class Study:
     parents_dir: Path
     data_dir: Path = Path("data")
     discard_checkpoints: bool = False
+    tensorboard: bool = False
 
     def parent_run(self, cell: Cell) -> RunConfig:
         """Returns the run of a cell's parent, full precision alone."""
@@ -59,6 +62,7 @@ class Study:
             run_dir=self.parents_dir / cell.parent_name,
             data_dir=self.data_dir,
             steps_per_call=_steps_per_call(),
+            tensorboard=self.tensorboard,
         )
 
     def cell_run(self, cell: Cell) -> RunConfig:
@@ -69,6 +73,7 @@ class Study:
             parent_dir=self.parents_dir / cell.parent_name,
             data_dir=self.data_dir,
             steps_per_call=_steps_per_call(),
+            tensorboard=self.tensorboard,
         )
 
     def record_path(self, name: str) -> Path:
@@ -107,6 +112,9 @@ def run_study(study: Study, cells: Sequence[Cell], *, progress: bool = True) -> 
         under a name that is needed, or cannot be written, or if a data set that is needed cannot
         be read; nothing is trained then.
     """
+    if study.tensorboard:
+        with user_errors(ImportError):
+            require_tensorboard()
     _open(study, cells)
     errors: dict[str, Exception] = {}
     while (found := _next_cell(study, cells, errors)) is not None:
