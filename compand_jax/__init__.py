@@ -7,6 +7,9 @@ from compand_jax.calibration.fit import fit as fit
 from compand_jax.core.codebooks import codebook as codebook
 from compand_jax.core.companding import mu_law_compress as mu_law_compress
 from compand_jax.core.companding import mu_law_expand as mu_law_expand
+from compand_jax.core.families.base import Compander as Compander
+from compand_jax.core.families.base import Family as Family
+from compand_jax.core.families.registry import register_quantizer as register_quantizer
 from compand_jax.core.quantizers import dequantize as dequantize
 from compand_jax.core.quantizers import fake_quantize as fake_quantize
 from compand_jax.core.quantizers import quantize as quantize

@@ -10,7 +10,7 @@ Inputs are taken in order of falling H_kk, and H is damped on its diagonal. The 
 inputs of the same block at once, all others once the block is through. This is the algorithm of
 Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers",
 ICLR 2023, after Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain
-Surgeon", NIPS 1992; Q is here a mu-law quantizer.
+Surgeon", NIPS 1992; Q is here any of our quantizers.
 """
 
 import functools
@@ -21,8 +21,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from compand_jax.core._xla import take
-from compand_jax.core.codebooks import Spec, half_table
+from compand_jax.core.codebooks import half_table
 from compand_jax.core.quantizers import fake_quantize
+from compand_jax.core.spec import Spec
 
 # Of the mean of the diagonal, as in GPTQ's section 3.3.
 _DAMPING = 0.01
@@ -34,7 +35,7 @@ _BLOCK = 128
 def round_with_feedback(
     rows: Float[Array, "rows n"],
     moments: Float[Array, "n n"],
-    mu: Float[Array, ""],
+    mu: Float[Array, "..."],
     scales: Float[Array, "rows"],
     spec: Spec,
 ) -> Float[Array, "rows n"]:
@@ -43,7 +44,7 @@ def round_with_feedback(
     Args:
       rows: the weights, a row an output feature.
       moments: H = sum_t x_t x_t^T of the inputs, by any factor.
-      mu: curvature, at least 0.
+      mu: curvature, at least 0, or the parameters of another family.
       scales: clip of each row, in the units of the weights.
       spec: the quantizer.
 
@@ -63,9 +64,8 @@ def round_with_feedback(
     upper = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
 
     rounded = _round_in_blocks(rows[:, order].T, upper, mu, scales, spec).T
-    plain = fake_quantize(
-        rows, mu, scales[:, None], bits=spec.bits, signed=spec.signed, grid=spec.grid
-    )
+    p = None if spec.family.parameter is None else mu
+    plain = fake_quantize(rows, p, scales[:, None], **spec.arguments)
     rounded = rounded[:, jnp.argsort(order)]
 
     def output_error(quantized: Array) -> Array:
@@ -78,7 +78,7 @@ def round_with_feedback(
 def _round_in_blocks(
     columns: Float[Array, "n rows"],
     upper: Float[Array, "n n"],
-    mu: Float[Array, ""],
+    mu: Float[Array, "..."],
     scales: Float[Array, "rows"],
     spec: Spec,
 ) -> Float[Array, "n rows"]:

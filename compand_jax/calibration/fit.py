@@ -22,9 +22,12 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from compand_jax.calibration.gap_search import fit_gaps, has_gaps
 from compand_jax.calibration.samples import sample_from_weights
 from compand_jax.calibration.search import COARSE, FEW_PRODUCTS, FINE, MU_MAX, Fit, Group, Search
-from compand_jax.core.codebooks import SMALLEST_SCALE, check_spec
+from compand_jax.core.codebooks import SMALLEST_SCALE
+from compand_jax.core.families.base import Compander, Gaps
+from compand_jax.core.spec import check_spec
 
 CALIBRATIONS = ("mse", "absmax", "percentile", "output")
 _OF_ARRAYS = tuple(name for name in CALIBRATIONS if name != "output")
@@ -47,20 +50,33 @@ def fit_groups(
     percent = {"absmax": 100.0, "percentile": percentile}.get(calibration)
     # Those of one kind together. A group's kind does not depend on which others there are, so that
     # neither does what is found for it.
-    kinds: dict[tuple[bool, bool, bool], list[int]] = {}
+    groups = [_with_start(group) for group in groups]
+    kinds: dict[tuple[bool, bool, bool, Any], list[int]] = {}
     for i, group in enumerate(groups):
-        held = group.mu is not None
+        held, spec = group.mu is not None, group.specs[0]
         few = sum(sample.products for sample in group.samples) <= FEW_PRODUCTS
-        kinds.setdefault((held, few, not held and _has_many(group)), []).append(i)
+        family = spec.family, spec.family.shape(spec)
+        kinds.setdefault((held, few, not held and _has_many(group), family), []).append(i)
     fits: dict[int, Fit] = {}
-    for (_, few, many), chosen in kinds.items():
+    for (held, few, many, _), chosen in kinds.items():
         own = [groups[i] for i in chosen]
-        if many:
+        if not held and has_gaps(own[0].specs[0]):
+            found = fit_gaps(own, FINE if few else COARSE, percent)
+        elif many:
             found = _fits_by_some_rows(own)
         else:
             found = Search(own, FINE if few else COARSE, percent).fits()
         fits |= zip(chosen, found, strict=True)
     return [_in_units(fits[i], group) for i, group in enumerate(groups)]
+
+
+def _with_start(group: Group) -> Group:
+    """Returns a group whose parameters are held at their start where they cannot be searched."""
+    spec = group.specs[0]
+    is_searched = isinstance(spec.family, Compander | Gaps) and spec.family.parameter is not None
+    if group.mu is not None or is_searched:
+        return group
+    return group._replace(mu=spec.family.start(spec))
 
 
 def _has_many(group: Group) -> bool:
@@ -82,7 +98,8 @@ def _fits_by_some_rows(groups: Sequence[Group]) -> list[Fit]:
         for group in groups
     ]
     mus = [fit.mu for fit in Search(some, COARSE, None).fits()]
-    uniform = Search([group._replace(mu=0.0) for group in groups], COARSE, None).fits()
+    lowest = groups[0].specs[0].family.lowest
+    uniform = Search([group._replace(mu=lowest) for group in groups], COARSE, None).fits()
     held = [group._replace(mu=mu) for group, mu in zip(groups, mus, strict=True)]
     companded = Search(held, COARSE, None).fits()
     return [
@@ -141,7 +158,8 @@ def fit(
     calibration: str = "mse",
     percentile: ArrayLike = 99.9,
     mu: ArrayLike | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "..."]]:
+    quantizer: str = "mu_law",
+) -> tuple[Float[Array, "..."] | None, Float[Array, "..."]]:
     """Returns the mu and the scale that quantize an array best.
 
     They minimize sum_i (x_i - Q(x_i; mu, c))^2, where Q is `fake_quantize`. mu is searched from 0
@@ -160,12 +178,14 @@ def fit(
       percentile: Percent of the magnitudes, in (0, 100], for the calibration of that name.
       mu: A mu to keep, 0 to 255, where 0 is uniform; only the scale is searched then. None
         searches both.
+      quantizer: Another family of levels, whose parameters are then found in mu's place: exponent
+        or slopes likewise, free levels by Lloyd's iteration, never worse than uniform ones.
 
     Returns:
-      mu, a float32 scalar, and scale, float32: a scalar, or with `axis` an array that broadcasts
-      to x, of size 1 along the other axes. Values that do not exceed 2^-110 count as zero. The
-      scale of values that are all zero is 1, or on the midrise grid, which has no level at zero,
-      2^-110.
+      mu, a float32 scalar (another family's parameters; None where it has none), and scale,
+      float32: a scalar, or with `axis` an array that broadcasts to x, of size 1 along the other
+      axes. Values that do not exceed 2^-110 count as zero. The scale of values that are all zero
+      is 1, or on the midrise grid, which has no level at zero, 2^-110.
 
     Raises:
       TypeError: x is not floating, or traced, or `axis` is no integer or integers.
@@ -180,7 +200,11 @@ def fit(
     >>> print(cj.fake_quantize(x, mu, scale, bits=3).round(1))
     [-4. -1.  0.  1.  4.]
     """
-    spec = check_spec(bits, signed, grid)
+    spec = check_spec(bits, signed, grid, quantizer)
+    if mu is not None and spec.family.parameter != "mu":
+        raise ValueError(
+            f"`mu` must be None for quantizer={quantizer!r}, got {mu!r}: it is mu-law's alone"
+        )
     percentile, mu = check_arguments(calibration, percentile, mu, _OF_ARRAYS)
     values = _values(x)
     kept = _kept_axes(axis, values.ndim)
@@ -194,7 +218,8 @@ def fit(
     # The best scale of values of a few levels can lie beyond them, and beyond float32.
     scale = np.minimum(found.scales[0], np.finfo(np.float32).max)
     scale = jnp.asarray(scale, jnp.float32).reshape(shape if kept else ())
-    return jnp.asarray(found.mu, jnp.float32), scale
+    p = None if spec.family.parameter is None else jnp.asarray(found.mu, jnp.float32)
+    return p, scale
 
 
 def _values(x: ArrayLike) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from compand_jax.calibration.samples import Sample
-from compand_jax.core.codebooks import Spec, positions
+from compand_jax.core.spec import Spec
 
 
 class Cumulated(NamedTuple):
@@ -35,7 +35,7 @@ def cumulate(sample: Sample) -> Cumulated:
 
 def best_scales_of_histograms(
     cumulated: Cumulated,
-    mus: Float[np.ndarray, "rows"],
+    mus: Float[np.ndarray, "rows ..."],
     starts: Float[np.ndarray, "grids k rows"],
     spec: Spec,
     descents: int,
@@ -44,22 +44,22 @@ def best_scales_of_histograms(
 
     As `scale_search.best_scales`, which does so from one grid.
     """
-    table = tuple(_expand(y[None], mus[:, None]) for y in positions(spec))
+    table = spec.family.host_table(mus, spec)
     side = "left" if spec.midrise else "right"  # at a tie: the outer level, or the inner one
-    attempt = functools.partial(_attempt, cumulated, table, side)
+    at = functools.partial(attempt, cumulated, table, side)
     starts = np.moveaxis(starts, 2, 0)
-    errors, onward, bounds = attempt(starts)
+    errors, onward, bounds = at(starts)
     scales = _pick(starts, errors)
     onward, errors = _pick(onward, bounds), errors.min(2)
     for _ in range(descents):
-        new, further, _ = attempt(onward)
+        new, further, _ = at(onward)
         scales = np.where(new < errors, onward, scales)
         errors, onward = np.minimum(new, errors), further
     best = errors.argmin(1)[:, None]
     return np.take_along_axis(scales, best, 1)[:, 0], np.take_along_axis(errors, best, 1)[:, 0]
 
 
-def _attempt(
+def attempt(
     cumulated: Cumulated,
     table: tuple[np.ndarray, ...],
     side: Literal["left", "right"],
@@ -85,11 +85,6 @@ def _attempt(
     error = np.maximum(np.sum(second, -1) - 2 * gain - power, 0)
     step = np.where(power > 0, gain / np.where(power > 0, power, 1), 0)
     return error, scale * np.maximum(1 + step, 0.5), error - step * gain
-
-
-def _expand(y: np.ndarray, mu: np.ndarray) -> np.ndarray:
-    curved = np.where(mu > 0, mu, 1)
-    return np.where(mu > 0, np.expm1(y * np.log1p(curved)) / curved, y)
 
 
 def _pick(values: np.ndarray, errors: np.ndarray) -> np.ndarray:

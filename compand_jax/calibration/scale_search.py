@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from compand_jax.calibration.samples import Sample
-from compand_jax.core.codebooks import Spec
 from compand_jax.core.companding import mu_law_compress, mu_law_expand
+from compand_jax.core.families.base import Compander
+from compand_jax.core.families.mu_law import MuLaw
 from compand_jax.core.quantizers import fake_quantize
+from compand_jax.core.spec import Spec
 
 # Where each scale has few values, a quantizer compares with every threshold: of so many, the curve
 # itself is faster, and compiled in a third of the time.
@@ -45,13 +47,16 @@ def percentile_scales(sample: Sample, percent: Float[Array, ""]) -> Float[Array,
 
 @functools.partial(jax.jit, static_argnames="spec")
 def starting_scales(
-    sample: Sample, mus: Float[Array, "scales"], exponents: Float[Array, "k"], spec: Spec
+    sample: Sample, mus: Float[Array, "scales ..."], exponents: Float[Array, "k"], spec: Spec
 ) -> Float[Array, "k scales"]:
     """Returns scales to start from, by exponent: at 0 the largest magnitude has the top level."""
     absmax = jnp.where(sample.absmax > 0, sample.absmax, 1)
     # A midrise grid's top level lies below the scale; at this scale it is the largest magnitude.
     top = 1 - 0.5 / spec.steps if spec.midrise else 1.0
-    highest = absmax / mu_law_expand(jnp.full_like(mus, top), mus)
+    if isinstance(spec.family, Compander):
+        highest = absmax / spec.family.expand(jnp.full_like(mus, top), mus)
+    else:
+        highest = absmax / spec.family.table(mus, spec)[0][..., -1]
     mean = _mean_magnitude(sample)
     lowest = jnp.clip(0.25 * mean, highest * 2.0**-12, highest / 2)
     return highest[None] * (lowest / highest)[None] ** exponents[:, None]
@@ -70,7 +75,7 @@ def _mean_magnitude(sample: Sample) -> Float[Array, "scales"]:
 @functools.partial(jax.jit, static_argnames=("spec", "descents"))
 def best_scales(
     sample: Sample,
-    mus: Float[Array, "scales"],
+    mus: Float[Array, "scales ..."],
     starts: Float[Array, "k scales"],
     spec: Spec,
     descents: int,
@@ -106,9 +111,10 @@ def best_scales(
 
 def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     """Returns `fake_quantize`'s values, but for rounding where there are many thresholds."""
-    steps = spec.steps
-    if steps < _MANY_THRESHOLDS:
-        return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
+    steps, family = spec.steps, spec.family
+    if steps < _MANY_THRESHOLDS or not isinstance(family, MuLaw):
+        p = None if family.parameter is None else mu
+        return fake_quantize(x, p, scale, **spec.arguments)
     y = mu_law_compress(jnp.clip(x / scale, -1, 1), mu)
     if spec.midrise:
         y_q = (jnp.clip(jnp.floor(steps * y), -steps, steps - 1) + 0.5) / steps

@@ -2,11 +2,12 @@
 
 The search for mu is a grid, then ever finer ones around the best; mu = 0 is on the grid, so that no
 tensor that has a mu of its own is left worse than uniform levels would leave it. At each mu the
-scales are searched anew (`scale_search`).
+scales are searched anew (`scale_search`). Any other family of one parameter, a `Compander`, has its
+parameter found likewise; what is said of mu here is said of that.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,17 @@ from compand_jax.calibration.scale_search import (
     power,
     starting_scales,
 )
-from compand_jax.core.codebooks import Spec
+from compand_jax.core.families.base import Compander
+from compand_jax.core.spec import Spec
 
 MU_MAX = 255.0
 
 
-class _Effort(NamedTuple):
+class Effort(NamedTuple):
     """How closely is looked at first.
 
     Attributes:
-      thetas: of log(1 + mu).
+      thetas: how many of log(1 + mu), or of another curve's trainable form.
       grids: of scales, as exponents, 0 being the largest magnitude and 1 a quarter of the mean;
         the search goes on from the best of each grid.
       basins: how many of the best thetas it goes on from.
@@ -38,16 +40,15 @@ class _Effort(NamedTuple):
       zooms: then, of log(scale), the distances of what is looked at around the best.
     """
 
-    thetas: np.ndarray
+    thetas: int
     grids: list[np.ndarray]
     basins: int
     values: int
     zooms: tuple[float, ...]
 
 
-_THETA_MAX = np.log1p(MU_MAX)
-COARSE = _Effort(
-    np.linspace(0, _THETA_MAX, 13),
+COARSE = Effort(
+    13,
     np.split(np.arange(-1, 14) / 13, 3),
     basins=1,
     values=512,
@@ -55,8 +56,8 @@ COARSE = _Effort(
 )
 # The fewer values, the less smooth is their error: where they are few, it is cheap to look closer.
 FEW_PRODUCTS = 2**18
-FINE = _Effort(
-    np.linspace(0, _THETA_MAX, 49),
+FINE = Effort(
+    49,
     np.split(np.arange(-3, 72) / 71, 15),
     basins=8,
     values=FEW_PRODUCTS,
@@ -75,25 +76,25 @@ class Group(NamedTuple):
     Attributes:
       samples: the tensors.
       specs: their quantizers.
-      mu: the mu that is held, 0 for uniform levels; None for the best.
+      mu: the mu, or the parameters, that are held, 0 for uniform levels; None for the best.
     """
 
     samples: Sequence[Sample]
     specs: Sequence[Spec]
-    mu: float | None = None
+    mu: float | np.ndarray | None = None
 
 
 class Fit(NamedTuple):
     """What was found for a group: its mu, and for each of its tensors scales and error.
 
     Attributes:
-      mu: from 0 to 255 where it was fitted.
+      mu: from 0 to 255 where it was fitted; another family's parameters.
       scales: [scales] of each tensor; where all of its values are zero, 1, or `SMALLEST_SCALE` on
         a grid without a level at zero.
       errors: E/P of each tensor.
     """
 
-    mu: float
+    mu: Any
     scales: list[np.ndarray]
     errors: np.ndarray
 
@@ -134,12 +135,13 @@ class Search:
     """The search for mu and scales of some groups.
 
     Args:
-      groups: the groups; mu is held in all of them or in none.
+      groups: the groups; mu is held in all of them or in none. All are of one family, and their
+        parameters have one shape.
       effort: how closely is looked.
       percent: the scale is this percentile of the magnitudes; None searches for it.
     """
 
-    def __init__(self, groups: Sequence[Group], effort: _Effort, percent: float | None) -> None:
+    def __init__(self, groups: Sequence[Group], effort: Effort, percent: float | None) -> None:
         self._groups, self._effort, self._percent = groups, effort, percent
         self._owners = np.repeat(np.arange(len(groups)), [len(group.samples) for group in groups])
         batches = _batches(groups)
@@ -163,14 +165,20 @@ class Search:
         }
         members = [np.flatnonzero(self._owners == group) for group in range(len(self._groups))]
         return [
-            Fit(float(mu), [scales[tensor] for tensor in own], errors[own])
+            Fit(
+                float(mu) if np.ndim(mu) == 0 else mu,
+                [scales[tensor] for tensor in own],
+                errors[own],
+            )
             for mu, own in zip(best.mus, members, strict=True)
         ]
 
     def _search_mu(self) -> _State:
-        thetas = self._effort.thetas
+        family = self._groups[0].specs[0].family
+        assert isinstance(family, Compander)
+        thetas, lowest = np.linspace(0, family.theta_max, self._effort.thetas), family.lowest
         data = self._with_powers([_thinned(b, self._effort.values) for b in self._data.batches])
-        mus = np.expm1(thetas)[:, None] * np.ones(len(self._groups))
+        mus = (lowest + np.expm1(thetas))[:, None] * np.ones(len(self._groups))
         coarse = [self._at(mu, data) for mu in mus]
         order = _basins(np.stack([state.totals for state in coarse]))
         best = self._at(mus[0], self._data)
@@ -179,9 +187,10 @@ class Search:
             state = state._replace(totals=np.full_like(state.totals, np.inf))  # of thinned data
             step = thetas[1]
             for distance in self._effort.zooms:
-                centers = np.log1p(state.mus)
+                centers = np.log1p(state.mus - lowest)
                 for point in _POINTS:
-                    mus = np.expm1(np.clip(centers + point * step, 0, _THETA_MAX))
+                    mus = np.clip(centers + point * step, 0, family.theta_max)
+                    mus = lowest + np.expm1(mus)
                     state = self._zoom(state, mus, distance)
                 step /= 3
             best = self._better(best, state)
@@ -266,7 +275,7 @@ class Search:
 
 def _take(arrays: Sequence[np.ndarray], winners: np.ndarray) -> np.ndarray:
     """Returns, at each place, the value of the array that is its winner."""
-    return np.take_along_axis(np.stack(arrays), winners[None], 0)[0]
+    return np.stack(arrays)[winners, np.arange(len(winners))]
 
 
 def _thinned(batch: _Batch, values: int) -> _Batch:

@@ -1,12 +1,15 @@
 """What the public functions require of their arguments."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array
+
+if TYPE_CHECKING:
+    from compand_jax.core.spec import Spec
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -41,24 +44,49 @@ def check_values(name: str, value: Any, dtype: Any, lowest: float, required: str
 
 
 def check_parameters(
-    mu: ArrayLike, scale: ArrayLike, *, dtype: Any, like: tuple[str, tuple] | None = None
+    mu: ArrayLike | None,
+    scale: ArrayLike,
+    spec: "Spec",
+    *,
+    dtype: Any,
+    like: tuple[str, tuple] | None = None,
 ) -> tuple[Array, Array]:
-    """Returns mu and scale as arrays of a dtype; raises ValueError where they cannot be.
+    """Returns mu, or a family's other parameters, and scale as arrays of a dtype.
 
-    `like` names the operand that they must broadcast to, and gives its shape. Values are checked
-    only where they are at hand: a traced mu costs nothing.
+    Raises ValueError where they cannot be. `like` names the operand that they must broadcast to,
+    and gives its shape. Values are checked only where they are at hand: a traced mu costs nothing.
     """
-    mu = check_values("mu", mu, dtype, 0.0, "at least 0 and finite")
+    family, own = spec.family, len(spec.family.shape(spec))
+    if family.parameter is None:
+        mu = _no_parameters(mu, family.name, dtype)
+    else:
+        mu = check_values("mu", mu, dtype, family.lowest, family.required)
+    if own and mu.shape[-own:] != family.shape(spec):
+        raise ValueError(
+            f"`mu` must be {family.required}: of shape {family.shape(spec)}, behind the axes that "
+            f"broadcast, got {mu.shape}: cj.fit gives some that fit"
+        )
     # A smaller scale is taken for zero by the processor.
     scale = check_values("scale", scale, dtype, float(np.finfo(dtype).tiny), "positive and finite")
-    for name, value in (("mu", mu), ("scale", scale)):
-        if like is not None and value.ndim and not _broadcasts_to(value.shape, like[1]):
+    for name, shape in (("mu", mu.shape[: mu.ndim - own]), ("scale", scale.shape)):
+        if like is not None and shape and not _broadcasts_to(shape, like[1]):
             raise ValueError(
                 f"`{name}` must be a scalar or broadcast to `{like[0]}` at the same rank, "
-                f"got shape {value.shape} for {like[1]}: give axes that it does not vary along "
+                f"got shape {shape} for {like[1]}: give axes that it does not vary along "
                 "the size 1"
             )
     return mu, scale
+
+
+def _no_parameters(mu: Any, quantizer: str, dtype: Any) -> Array:
+    """Returns 0, which stands for a family's parameters where it has none."""
+    is_known = not isinstance(mu, Tracer)
+    if mu is not None and (np.ndim(mu) or (is_known and np.any(np.asarray(mu) != 0))):
+        raise ValueError(
+            f"`mu` must be None for quantizer={quantizer!r}, which has no parameters, got {mu!r}: "
+            "leave it None"
+        )
+    return jnp.zeros((), dtype)
 
 
 def _broadcasts_to(shape: tuple, target: tuple) -> bool:
@@ -66,12 +94,14 @@ def _broadcasts_to(shape: tuple, target: tuple) -> bool:
     return len(shape) == len(target) and all(n in (1, m) for n, m in pairs)
 
 
-def check_operands(x: ArrayLike, mu: ArrayLike, scale: ArrayLike) -> tuple[Array, Array, Array]:
+def check_operands(
+    x: ArrayLike, mu: ArrayLike | None, scale: ArrayLike, spec: "Spec"
+) -> tuple[Array, Array, Array]:
     """Returns x, and mu and scale in the precision that x is quantized in."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating, got {x.dtype}: convert it with x.astype(float)")
-    return x, *check_parameters(mu, scale, dtype=compute_dtype(x.dtype), like=("x", x.shape))
+    return x, *check_parameters(mu, scale, spec, dtype=compute_dtype(x.dtype), like=("x", x.shape))
 
 
 def check_codes(codes: Array, low: int, top: int, bits: int) -> None:

@@ -14,15 +14,22 @@ _FEW_VALUES = 2**13
 
 
 def look_up(
-    magnitude: Array, table: Array, thresholds: Array, mu: Array, scale: Array, *, outer: bool
+    magnitude: Array,
+    table: Array,
+    thresholds: Array,
+    mu: Array | None,
+    scale: Array,
+    *,
+    outer: bool,
 ) -> Array:
     """Returns the table's entry for the number of thresholds that each magnitude lies beyond.
 
     Args:
       magnitude: at least 0, or NaN, which lies beyond none.
       table: one entry more than thresholds, along the last axis.
-      thresholds: ascending along the last axis, about even after compression.
-      mu: of the thresholds; without the last axis, broadcast against the magnitude.
+      thresholds: ascending along the last axis.
+      mu: of the thresholds, where they are about even after compression by its curve; without the
+        last axis, broadcast against the magnitude. None looks for them by bisection.
       scale: likewise.
       outer: whether a magnitude at a threshold lies beyond it.
     """
@@ -30,6 +37,8 @@ def look_up(
     few_values = thresholds.ndim > 1 and magnitude.size <= _FEW_VALUES * tables
     if thresholds.shape[-1] <= _MAX_COMPARISONS or few_values:
         return _compare_all(magnitude, table, thresholds, outer)
+    if mu is None:
+        return take(table, _bisect(magnitude, thresholds, outer))
     return _compare_one(magnitude, table, thresholds, mu, scale, outer)
 
 
@@ -42,6 +51,17 @@ def _compare_all(magnitude: Array, table: Array, thresholds: Array, outer: bool)
     for k in range(thresholds.shape[-1]):
         value = jnp.where(_beyond(magnitude, thresholds[..., k], outer), table[..., k + 1], value)
     return value
+
+
+def _bisect(magnitude: Array, thresholds: Array, outer: bool) -> Array:
+    """Returns how many thresholds, one fewer than a power of two, each magnitude lies beyond."""
+    found = jnp.zeros(magnitude.shape, jnp.int32)
+    step = (thresholds.shape[-1] + 1) // 2
+    while step:
+        threshold = take(thresholds, found + (step - 1))
+        found = jnp.where(_beyond(magnitude, threshold, outer), found + step, found)
+        step //= 2
+    return found
 
 
 def _compare_one(
@@ -124,10 +144,11 @@ def sum_both(a: Array, b: Array, a_shape: tuple, b_shape: tuple) -> tuple[Array,
     # When it is lowered, not here: a function exported on a CPU may run elsewhere.
     sums = lax.platform_dependent(a, b, cpu=on_cpu, default=elsewhere)
     a_sum, b_sum = (jnp.expand_dims(x, axes) for x in sums)
-    return _sum_to(a_sum, a_shape), _sum_to(b_sum, b_shape)
+    return sum_to(a_sum, a_shape), sum_to(b_sum, b_shape)
 
 
-def _sum_to(x: Array, shape: tuple) -> Array:
+def sum_to(x: Array, shape: tuple) -> Array:
+    """Returns x summed to a shape that was broadcast to its own."""
     if not shape:
         return jnp.sum(x)
     axes = tuple(i for i, n in enumerate(shape) if n == 1)

@@ -21,21 +21,24 @@ from jaxtyping import Array, Float, Integer
 
 from compand_jax.core._checks import check_codes, check_operands, check_parameters, compute_dtype
 from compand_jax.core._mesh import sharded_as, sum_over_mesh
-from compand_jax.core._series import level_slope_in_mu
-from compand_jax.core._xla import look_up, sum_both, take
-from compand_jax.core.codebooks import Spec, check_spec, half_table, positions
+from compand_jax.core._parameter_gradients import slope_of_one, sum_of_many
+from compand_jax.core._xla import look_up, sum_both, sum_to, take
+from compand_jax.core.codebooks import half_table
+from compand_jax.core.families.base import Family
+from compand_jax.core.spec import Spec, check_spec
 
 GRADIENTS = ("identity", "chain")
 
 
 def quantize(
     x: ArrayLike,
-    mu: ArrayLike,
+    mu: ArrayLike | None,
     scale: ArrayLike,
     *,
     bits: int,
     signed: bool = True,
     grid: str = "midtread",
+    quantizer: str = "mu_law",
 ) -> Integer[Array, "..."]:
     """Returns the integer code of each value: how many thresholds lie between it and zero.
 
@@ -48,6 +51,7 @@ def quantize(
       bits: Bits per code, 1 to 8.
       signed: Whether x can be negative. If not, x <= 0 has code 0.
       grid: "midtread" or "midrise".
+      quantizer: Another family of levels: `mu` then takes its parameters (docs/families.md).
 
     Returns:
       Codes of x's shape: int8 in [-M, M] (midtread) or [-H, H - 1] (midrise), or uint8 in [0, M]
@@ -62,18 +66,19 @@ def quantize(
     >>> print(quantize(jnp.array([-2.0, -0.2, 0.0, 0.3, 0.9]), 2.0, 1.0, bits=3))
     [-3 -1  0  1  3]
     """
-    spec = check_spec(bits, signed, grid)
-    return _quantize(*check_operands(x, mu, scale), spec)
+    spec = check_spec(bits, signed, grid, quantizer)
+    return _quantize(*check_operands(x, mu, scale, spec), spec)
 
 
 def dequantize(
     codes: ArrayLike,
-    mu: ArrayLike,
+    mu: ArrayLike | None,
     scale: ArrayLike,
     *,
     bits: int,
     signed: bool = True,
     grid: str = "midtread",
+    quantizer: str = "mu_law",
     dtype: Any = jnp.float32,
 ) -> Float[Array, "..."]:
     """Returns the level of each code: sign(k) c G(|k|/M), or c G((k + 1/2)/H) on midrise.
@@ -85,6 +90,7 @@ def dequantize(
       bits: Bits per code, 1 to 8.
       signed: Whether the codes are those of values that can be negative.
       grid: "midtread" or "midrise".
+      quantizer: Another family of levels: `mu` then takes its parameters (docs/families.md).
       dtype: Floating type of the result.
 
     Returns:
@@ -99,7 +105,7 @@ def dequantize(
     >>> print(dequantize(jnp.array([-3, 0, 2], jnp.int8), 0.0, 3.0, bits=3))
     [-3.  0.  2.]
     """
-    spec = check_spec(bits, signed, grid)
+    spec = check_spec(bits, signed, grid, quantizer)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating, got {dtype}: take jnp.float32")
     codes = jnp.asarray(codes)
@@ -111,19 +117,20 @@ def dequantize(
         )
     check_codes(codes, *spec.code_range, spec.bits)
     mu, scale = check_parameters(
-        mu, scale, dtype=compute_dtype(jnp.dtype(dtype)), like=("codes", codes.shape)
+        mu, scale, spec, dtype=compute_dtype(jnp.dtype(dtype)), like=("codes", codes.shape)
     )
     return _dequantize(codes, mu, scale, spec, jnp.dtype(dtype))
 
 
 def fake_quantize(
     x: ArrayLike,
-    mu: ArrayLike,
+    mu: ArrayLike | None,
     scale: ArrayLike,
     *,
     bits: int,
     signed: bool = True,
     grid: str = "midtread",
+    quantizer: str = "mu_law",
     gradient: str = "identity",
 ) -> Float[Array, "..."]:
     """Returns each value moved to its level, Q(x) = sign(x) c G(y_q), differentiably.
@@ -138,6 +145,7 @@ def fake_quantize(
       bits: Bits per value, 1 to 8.
       signed: Whether x can be negative. If not, x <= 0 gives 0 and passes no gradient.
       grid: "midtread" or "midrise".
+      quantizer: Another family of levels: `mu` then takes its parameters (docs/families.md).
       gradient: What dQ/dx is inside the clip: "identity" is 1, "chain" is the chain rule
         through both curves, (1 + mu v_q)/(1 + mu v).
 
@@ -150,7 +158,8 @@ def fake_quantize(
       in mu: sign(x) (c/mu) [(1 + mu v_q)(y_q - y)/(1 + mu) + (v - v_q)/(1 + mu v)], where v = y = 1
         outside the clip; at mu = 0 its limit, sign(x) c (v_q - v)(v_q + v - 1)/2;
       in scale: sign(x) (v_q - v) for |x| < c, sign(x) v_q outside.
-      It is of reverse mode: `jax.jvp` and `jax.jacfwd` raise a TypeError.
+      In another family's parameters it is that of its levels, and of the rounding where it has a
+      curve. It is of reverse mode: `jax.jvp` and `jax.jacfwd` raise a TypeError.
 
     Raises:
       TypeError: x is not floating.
@@ -161,12 +170,16 @@ def fake_quantize(
     >>> print(jax.grad(lambda c: fake_quantize(5.0, 2.0, c, bits=4))(1.0))
     1.0
     """
-    spec = check_spec(bits, signed, grid)
+    spec = check_spec(bits, signed, grid, quantizer)
     if gradient not in GRADIENTS:
         raise ValueError(
             f"`gradient` must be one of {', '.join(GRADIENTS)}, got {gradient!r}: choose one"
         )
-    return _straight_through(*check_operands(x, mu, scale), spec, gradient == "chain")
+    if gradient == "chain" and type(spec.family).chain is Family.chain:
+        raise ValueError(
+            f"`gradient` must be 'identity' for quantizer={quantizer!r}, got 'chain': it has none"
+        )
+    return _straight_through(*check_operands(x, mu, scale, spec), spec, gradient == "chain")
 
 
 # What is jitted: mu and scale are arguments of it also when called eagerly, so that a table is
@@ -181,15 +194,21 @@ def _magnitude(x: Array, spec: Spec) -> Array:
 def _look_up(magnitude: Array, mu: Array, scale: Array, table: Array, spec: Spec) -> Array:
     """Returns the table's entry at the level of each magnitude."""
     _, thresholds = half_table(mu, scale, spec)
-    return look_up(magnitude, table, thresholds, mu, scale, outer=spec.midrise)
+    curve = mu if spec.family.has_even_buckets else None
+    return look_up(magnitude, table, thresholds, curve, scale, outer=spec.midrise)
+
+
+def _indices(magnitude: Array, mu: Array, scale: Array, spec: Spec) -> Array:
+    """Returns the place in the table of the level of each magnitude."""
+    counts = jnp.arange(spec.steps + (not spec.midrise), dtype=jnp.int32)
+    return _look_up(magnitude, mu, scale, counts, spec)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 @sharded_as(0)
 def _quantize(x: Array, mu: Array, scale: Array, spec: Spec) -> Array:
     x = x.astype(mu.dtype)
-    counts = jnp.arange(len(positions(spec)[0]), dtype=jnp.int32)
-    k = _look_up(_magnitude(x, spec), mu, scale, counts, spec)
+    k = _indices(_magnitude(x, spec), mu, scale, spec)
     return jnp.where(x < 0, -k - int(spec.midrise), k).astype(spec.code_dtype)
 
 
@@ -243,12 +262,17 @@ def _pull_back(
 
     inside = magnitude < scale
     passes = inside if spec.signed else inside & (wide > 0)
-    slope = (1 + mu * v_q) / (1 + mu * v) if chain else 1
+    slope = spec.family.chain(v, v_q, mu) if chain else 1
     dx = jnp.where(passes, slope * g, 0).astype(x.dtype)
     signed_g = jnp.where(wide < 0, -g, g)
-    dmu = signed_g * scale * level_slope_in_mu(v, v_q, mu, spec.steps)
     dscale = signed_g * jnp.where(inside, v_q - v, v_q)
-    return dx, *sum_both(dmu, dscale, mu.shape, scale.shape)
+    level_slope = slope_of_one(v, v_q, mu, spec, lambda x: _look_up(magnitude, mu, scale, x, spec))
+    if level_slope is not None:
+        return dx, *sum_both(signed_g * scale * level_slope, dscale, mu.shape, scale.shape)
+    dmu = jnp.zeros_like(mu)
+    if spec.family.parameter is not None:
+        dmu = sum_of_many(signed_g * scale, v, _indices(magnitude, mu, scale, spec), mu, spec)
+    return dx, dmu, sum_to(dscale, scale.shape)
 
 
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)

@@ -9,6 +9,7 @@ from compand_jax.core.quantizers import quantize
 from compand_jax.frozen.packing import pack
 from compand_jax.frozen.tree import WEIGHT_TYPES
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.layer_quantizer import given
 from compand_jax.layers.standardization import moments
 
 
@@ -44,7 +45,7 @@ def pack_weight(
 
     Args:
       weight: As the layer multiplies it, or a stack of such.
-      mu: A scalar.
+      mu: A scalar, or another family's parameters.
       scale: A scalar, or of the weight's rank, without a stack's axes.
       spec: Of its levels.
       standardized: Whether the levels lie around the weight's mean, not around zero.
@@ -54,10 +55,10 @@ def pack_weight(
         weight = weight.astype(mean.dtype) - mean
     stacked = weight.ndim - scale.ndim if scale.ndim else 0  # scan and vmap stack in front
     own = scale.reshape((1,) * stacked + scale.shape)
-    codes = quantize(weight, mu, own, bits=spec.bits, grid=spec.grid)
+    codes = quantize(weight, given(mu, spec), own, **spec.arguments)
     # Several scales have one table, of scale 1: a level of theirs is the same product.
     table_scale = jnp.ones((), scale.dtype) if scale.ndim else scale
-    levels, _ = codebook(mu, table_scale, bits=spec.bits, grid=spec.grid)
+    levels, _ = codebook(given(mu, spec), table_scale, **spec.arguments)
     if mean is not None:
         levels = levels + mean
     indices = (codes.astype(jnp.int32) + spec.steps).astype(jnp.uint8)  # in the ascending table
@@ -72,5 +73,5 @@ def _mean(weight: Array) -> Array:
 
 def act_tables(mu: Array, scale: Array, spec: Spec) -> dict[str, Array]:
     """Returns the "act_levels" and "act_thresholds" of activations."""
-    levels, thresholds = codebook(mu, scale, bits=spec.bits, signed=spec.signed)
+    levels, thresholds = codebook(given(mu, spec), scale, **spec.arguments)
     return {"act_levels": levels, "act_thresholds": thresholds}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compand_jax.core.codebooks import check_spec
+from compand_jax.core.spec import check_spec
 from compand_jax.frozen.file import is_shape, wrong_file
 from compand_jax.frozen.folded_norms import NORM_LEAVES
 from compand_jax.frozen.packing import pack, packed_bytes, unpack

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from compand_jax.core.codebooks import check_spec
+from compand_jax.core.spec import check_spec
 from compand_jax.layers.parametrization import set_leaf
 
 Path = tuple[str, ...]

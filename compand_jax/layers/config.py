@@ -9,10 +9,10 @@ import numbers
 import re
 from typing import Any, Literal
 
-from compand_jax.core.codebooks import GRIDS, ONE_BIT_REMEDY, check_spec
+from compand_jax.core.families.registry import family_names, family_of
+from compand_jax.core.spec import GRIDS, ONE_BIT_REMEDY, check_spec
 
 MU_SCOPES = ("single", "separate", "per_layer")
-QUANTIZERS = ("mu_law", "uniform")
 GRANULARITIES = ("tensor", "channel")
 ACT_SITES = ("input", "output")
 GRADIENTS = ("plain", "lsq")
@@ -28,11 +28,12 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}: choose one")
 
 
-def check_weights(bits: Any, grid: str) -> None:
+def check_weights(bits: Any, grid: str, quantizer: str = "mu_law") -> None:
     """Raises ValueError where weights cannot be quantized to these bits on this grid."""
     require_choice("grid", grid, GRIDS)
+    family_of(quantizer)
     if bits is not None:
-        _named("weight_bits", "grid='midrise'", check_spec, bits, True, grid)
+        _named("weight_bits", "grid='midrise'", check_spec, bits, True, grid, quantizer)
 
 
 def check_acts(bits: Any, signed: bool | None) -> None:
@@ -71,7 +72,7 @@ class Rule:
       pattern: Regular expression for the whole name, as in `re.fullmatch`.
       weight_bits: Bits per weight, 1 to 8. None is full precision.
       act_bits: Bits per activation, 1 to 8. None is full precision.
-      quantizer: "mu_law" or "uniform".
+      quantizer: As in `QuantConfig`.
       grid: The weights' grid, "midtread" or "midrise".
       weight_granularity: "tensor" or "channel".
       weight_standardization: True or False.
@@ -99,7 +100,7 @@ class Rule:
                 f"`pattern` must be a regular expression, got {self.pattern!r}: {error}"
             ) from None
         for name, choices in (
-            ("quantizer", QUANTIZERS),
+            ("quantizer", family_names()),
             ("grid", GRIDS),
             ("weight_granularity", GRANULARITIES),
         ):
@@ -121,10 +122,12 @@ class QuantConfig:
       weight_bits: Bits per weight, 1 to 8; 1 needs the grid "midrise". None is full precision.
       act_bits: Bits per activation, 1 to 8; 1 needs activations without a sign. None is full
         precision.
-      mu_scope: Which tensors share a mu. "single": all of them. "separate": all weights share one,
-        and all activations another. "per_layer": each layer has one for its weight and one for
-        its activation.
-      quantizer: "mu_law" learns mu and scale; "uniform" keeps mu = 0 and learns the scale.
+      mu_scope: Which tensors share a mu, or another family's parameters. "single": all of them.
+        "separate": all weights share one, and all activations another. "per_layer": each layer has
+        one for its weight and one for its activation.
+      quantizer: The family of levels, which learns a scale and: "mu_law", mu; "uniform" nothing;
+        "power", an exponent; "normal_float" and "apot", nothing; "piecewise", 16 slopes; "free",
+        every level. `register_quantizer` adds others.
       weight_granularity: "tensor" gives a kernel one scale, "channel" one per output channel.
       grid: The weights' grid. "midtread" has a level at zero, "midrise" has none. Activations are
         always midtread.
@@ -141,7 +144,8 @@ class QuantConfig:
         gradients. Its scale then counts standard deviations. It takes one scale to a weight. As
         APoT, LCQ and nuLSQ do it, but that they leave out the mean, which a network that was
         trained with it cannot spare.
-      mu_init: The mu that `init` sets, 0 to 255. Calibration replaces it.
+      mu_init: The mu that `init` sets, 0 to 255. Calibration replaces it. Other families start
+        with uniform levels.
       contractions: What is a site beside Flax's own layers. "layers": nothing else. "parameters":
         every contraction of a parameter that is in no such layer, as by `jnp.einsum`, `@` or
         `jax.lax.conv_general_dilated`; its name is the parameter's path, such as "block/w". "all":
@@ -175,7 +179,7 @@ class QuantConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("mu_scope", MU_SCOPES),
-            ("quantizer", QUANTIZERS),
+            ("quantizer", family_names()),
             ("weight_granularity", GRANULARITIES),
             ("act_site", ACT_SITES),
             ("scale_gradient", GRADIENTS),
@@ -183,7 +187,12 @@ class QuantConfig:
             ("contractions", CONTRACTIONS),
         ):
             require_choice(name, getattr(self, name), choices)
-        check_weights(self.weight_bits, self.grid)
+        check_weights(self.weight_bits, self.grid, self.quantizer)
+        if self.mu_scope != "per_layer" and not family_of(self.quantizer).is_shared:
+            raise ValueError(
+                f"`mu_scope` must be 'per_layer' for quantizer={self.quantizer!r}, got "
+                f"{self.mu_scope!r}: how many levels there are depends on bits and sign"
+            )
         check_acts(self.act_bits, self.act_signed)
         _check_standardization(self.weight_standardization)
         if self.weight_standardization and self.weight_granularity != "tensor":

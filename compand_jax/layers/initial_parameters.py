@@ -12,7 +12,7 @@ from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Observer
 from compand_jax.layers.parameters import first_rho
-from compand_jax.layers.sites import sites_from_observers
+from compand_jax.layers.sites import first_spec, sites_from_observers
 from compand_jax.layers.summary import site_weight
 
 
@@ -49,8 +49,8 @@ def initial_parameters(
                 of_zeros = first_rho(site, observer.weight_shapes[name], axes)
             rho = jnp.where(scale > SMALLEST_SCALE, par.rho_from_scale(scale), of_zeros)
             par.set_leaf(compand, par.scale_path(name, operand), rho)
-            if (path := par.mu_path(name, operand, config)) is not None:
-                par.set_leaf(compand, path, par.theta_from_mu(config.mu_init))
+            if (path := par.parameter_path(name, operand, config)) is not None:
+                par.set_leaf(compand, path, par.first_theta(config, first_spec(site, operand)))
     return compand
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from compand_jax.core._mesh import varying_axes
-from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
+from compand_jax.core.spec import Spec
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.observation import Layer
@@ -122,12 +122,17 @@ class LayerQuantizer:
         return stored if len(whole) > len(own) or is_layer else weight
 
 
+def given(mu: Array, spec: Spec) -> Array | None:
+    """Returns what the public functions take for mu: None where a family has no parameters."""
+    return None if spec.family.parameter is None else mu
+
+
 def quantize_operand(
     operand: str, x: Array, mu: Array, scale: Array, rho: Array, spec: Spec, config: QuantConfig
 ) -> Array:
     """Returns what a layer multiplies in place of x, with mu's and the scale's gradients as set."""
     mu, scale = _with_gradients(operand, x, mu, scale, rho, spec, config)
-    return fake_quantize(x, mu, scale, bits=spec.bits, signed=spec.signed, grid=spec.grid)
+    return fake_quantize(x, given(mu, spec), scale, **spec.arguments)
 
 
 def quantize_standardized(
@@ -138,7 +143,7 @@ def quantize_standardized(
     Args:
       x: The weight, floating.
       whole: What m and s are of: x, or the stack of layers that it is one of.
-      mu: Scalar.
+      mu: Scalar, or the parameters of another family.
       scale: Scalar, in standard deviations.
       rho: What the scale is made of.
       spec: The quantizer.
@@ -150,11 +155,9 @@ def quantize_standardized(
     mean, deviation = moments(whole)
     quantized = fake_quantize(
         x.astype(mean.dtype) - mean,
-        mu,
+        given(mu, spec),
         in_weights_units(scale, deviation),
-        bits=spec.bits,
-        signed=spec.signed,
-        grid=spec.grid,
+        **spec.arguments,
     )
     return (mean + quantized).astype(x.dtype)
 

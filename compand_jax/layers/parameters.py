@@ -68,13 +68,13 @@ def fit_parameters(
     members: dict[Any, list[tuple[str, str]]] = {}
     for name, site in sites.items():
         for operand in site.operands():
-            path = par.mu_path(name, operand, config)
+            path = par.parameter_path(name, operand, config)
             members.setdefault(path or (name, operand), []).append((name, operand))
     groups = [
         Group(
             [_sample(sites[name], seen, name, operand, calibration) for name, operand in group],
             [sites[name].spec(operand) for name, operand in group],
-            mu if par.mu_path(*group[0], config) else 0.0,
+            _held(par.parameter_path(*group[0], config), mu),
         )
         for group in members.values()
     ]
@@ -82,9 +82,11 @@ def fit_parameters(
     compand: dict = {}
     for tensors, group, fit in zip(members.values(), groups, fits, strict=True):
         known = [np.asarray(sample.absmax) > 0 for sample in group.samples]
-        if (path := par.mu_path(*tensors[0], config)) is not None:
-            nothing = mu is None and not any(map(np.any, known))
-            par.set_leaf(compand, path, par.theta_from_mu(config.mu_init if nothing else fit.mu))
+        if (path := par.parameter_path(*tensors[0], config)) is not None:
+            nothing = group.mu is None and not any(map(np.any, known))
+            spec = sites[tensors[0][0]].spec(tensors[0][1])
+            theta = par.first_theta(config, spec) if nothing else spec.family.to_trainable(fit.mu)
+            par.set_leaf(compand, path, theta)
         for (name, operand), scales, seen_any in zip(tensors, fit.scales, known, strict=True):
             rho, shape = par.rho_from_scale(scales), ()
             if operand == "weight":
@@ -93,6 +95,13 @@ def fit_parameters(
                 rho, shape = jnp.where(seen_any, rho, of_zeros), sites[name].scale_shape(weight)
             par.set_leaf(compand, par.scale_path(name, operand), rho.reshape(shape))
     return compand
+
+
+def _held(path: tuple[str, ...] | None, mu: float | None) -> float | None:
+    """Returns the mu that is held: as given, 0 without parameters, None where it is searched."""
+    if path is None:
+        return 0.0
+    return mu if path[-1].rpartition("_")[2] == "mu" else None
 
 
 def first_rho(site: Site, shape: tuple[int, ...], channel_axes: tuple[int, ...]) -> float:
@@ -136,7 +145,7 @@ def fed_back(
 
     Args:
       kernel: as it is stored, and as it was seen.
-      found: its "weight_mu" and "weight_scale".
+      found: its "weight_scale", and "weight_mu" or what another family has.
       site: what is static.
       seen: what was observed, with moments.
       name: the site's name.
@@ -148,10 +157,12 @@ def fed_back(
     rows = unrolling.rows(jnp.asarray(seen.weights[name][0], jnp.float32))
     scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
     round_group = functools.partial(round_with_feedback, spec=site.spec("weight"))
+    mu = par.entry(found, "weight", site.spec("weight"))
+    mu = jnp.zeros((), jnp.float32) if mu is None else mu
     rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
         rows,
         jnp.asarray(seen.moments[name]),
-        found["weight_mu"],
+        mu,
         scales.reshape(rows.shape[:2]),
     )
     rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)

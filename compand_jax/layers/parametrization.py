@@ -4,8 +4,9 @@
     scale = exp(rho)                           a leaf named `weight_scale` or `act_scale` is rho
 
 so that mu stays in [0, 255] and the scale positive whatever an optimizer does, and a step is
-relative to the size of what it moves. Leaves lie under the site's module path; what sites share
-lies under `_shared`.
+relative to the size of what it moves. Another family's leaf is named by its parameter, such as
+`weight_exponent`, and has that family's trainable form (`core.families`). Leaves lie under the
+site's module path; what sites share lies under `_shared`.
 
 A weight that is all zero, or a channel of one, tells nothing of the scale that it will need. Its
 rho is log(c) - 100, c being where an initializer's weights would end. So low a rho says: the scale
@@ -18,16 +19,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from compand_jax.calibration.fit import MU_MAX
 from compand_jax.core.codebooks import SMALLEST_SCALE
+from compand_jax.core.families.registry import MU_LAW, family_of
+from compand_jax.core.spec import Spec
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.standardization import in_weights_units, moments
 
 SHARED = "_shared"
-_THETA_MAX = float(np.log1p(MU_MAX))
 # No rho of a scale from SMALLEST_SCALE on, log of which is -76.2, is as low as this.
 _FOLLOWS_BELOW = -80.0
 _FOLLOWS_SHIFT = 100.0
@@ -35,7 +35,6 @@ _FOLLOWS_SHIFT = 100.0
 _JUST_ABOVE = 1 + 2.0**-20
 
 
-@jax.custom_vjp
 def mu_from_theta(theta: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns the mu of a trainable theta, mu = expm1(clip(theta, 0, log 256)).
 
@@ -52,20 +51,7 @@ def mu_from_theta(theta: Float[Array, "..."]) -> Float[Array, "..."]:
     >>> float(mu_from_theta(jnp.log(3.0))), float(mu_from_theta(jnp.array(-1.0)))
     (2.0, 0.0)
     """
-    return jnp.expm1(jnp.clip(theta, 0, _THETA_MAX))
-
-
-def _mu_fwd(theta: Array) -> tuple[Array, Array]:
-    return mu_from_theta(theta), theta
-
-
-def _mu_bwd(theta: Array, cotangent: Array) -> tuple[Array]:
-    # Descent moves theta against its gradient.
-    outward = ((theta <= 0) & (cotangent > 0)) | ((theta >= _THETA_MAX) & (cotangent < 0))
-    return (jnp.where(outward, 0, cotangent * jnp.exp(jnp.clip(theta, 0, _THETA_MAX))),)
-
-
-mu_from_theta.defvjp(_mu_fwd, _mu_bwd)
+    return MU_LAW.from_trainable(theta)
 
 
 def theta_from_mu(mu: Any) -> Float[Array, "..."]:
@@ -82,7 +68,7 @@ def theta_from_mu(mu: Any) -> Float[Array, "..."]:
     >>> round(float(mu_from_theta(theta_from_mu(255))), 3)
     255.0
     """
-    return jnp.log1p(jnp.asarray(mu, jnp.float32))
+    return MU_LAW.to_trainable(mu)
 
 
 def scale_from_rho(rho: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -168,15 +154,36 @@ def _largest_magnitude(weight: Array, shape: tuple[int, ...]) -> Array:
     return jnp.max(magnitude, (*range(extra), *shared), initial=0.0).reshape(shape)
 
 
-def mu_path(site: str, operand: str, config: QuantConfig) -> tuple[str, ...] | None:
-    """Returns where the theta of a site's operand ("weight" or "act") lies; None if uniform."""
-    if config.at(site).quantizer == "uniform":
+def parameter_path(site: str, operand: str, config: QuantConfig) -> tuple[str, ...] | None:
+    """Returns where the theta of a site's operand ("weight" or "act") lies; None without any."""
+    parameter = family_of(config.at(site).quantizer).parameter
+    if parameter is None:
         return None
     if config.mu_scope == "single":
-        return (SHARED, "mu")
+        return (SHARED, parameter)
     if config.mu_scope == "separate":
-        return (SHARED, f"{operand}_mu")
-    return (*site_path(site), f"{operand}_mu")
+        return (SHARED, f"{operand}_{parameter}")
+    return (*site_path(site), f"{operand}_{parameter}")
+
+
+def entry_name(operand: str, quantizer: str) -> str | None:
+    """Returns what a quantizer's parameters are called in `quantizers`; None without any.
+
+    Uniform quantizers have a mu, of 0.
+    """
+    parameter = "mu" if quantizer == "uniform" else family_of(quantizer).parameter
+    return None if parameter is None else f"{operand}_{parameter}"
+
+
+def entry(found: Mapping[str, Array], operand: str, spec: Spec) -> Array | None:
+    """Returns of what `quantizers` found for a site the parameters; None without any."""
+    return found.get(f"{operand}_{spec.family.parameter}")
+
+
+def first_theta(config: QuantConfig, spec: Spec) -> Float[Array, "..."]:
+    """Returns the theta of a quantizer before calibration."""
+    start = config.mu_init if spec.family is MU_LAW else spec.family.start(spec)
+    return spec.family.to_trainable(start)
 
 
 def scale_path(site: str, operand: str) -> tuple[str, ...]:
@@ -216,7 +223,7 @@ def quantized_operands(compand: Mapping) -> Iterator[tuple[str, str]]:
 def read_parameters(
     compand: Mapping, site: str, operand: str, config: QuantConfig, weight: Array | None = None
 ) -> tuple[Array, Array] | None:
-    """Returns mu and scale of a site's operand, or None where it has no scale.
+    """Returns mu (or other parameters; 0 for none) and scale, or None where there is no scale.
 
     Args:
       compand: The collection.
@@ -239,7 +246,7 @@ def read_parameters(
         scale = in_weights_units(scale_from_rho(rho), moments(weight)[1])
     else:
         scale = weight_scale(rho, weight)
-    path = mu_path(site, operand, config)
+    path = parameter_path(site, operand, config)
     if path is None:
         return jnp.zeros((), jnp.float32), scale
     theta = get_leaf(compand, path)
@@ -248,4 +255,4 @@ def read_parameters(
             f"`variables` must hold compand/{'/'.join(path)} for mu_scope={config.mu_scope!r}: "
             "they were made by another config, make them with this model's init or calibrate"
         )
-    return mu_from_theta(theta), scale
+    return family_of(config.at(site).quantizer).from_trainable(theta), scale

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import optax
 
+from compand_jax.core.families.registry import parameter_names
+
 
 def partition_optimizer(
     weights: optax.GradientTransformation,
@@ -14,12 +16,14 @@ def partition_optimizer(
     """Returns one optimizer with a part each for the weights, for mu and for the scales.
 
     It moves {"params": ..., "compand": ...}. `weights` has all of "params", `mu` and `scale` have
-    the leaves of "compand" whose name ends in `mu` or `scale`. The parts do not mix: weight decay
-    in `weights` leaves mu and the scales alone. "compand" may be absent, as in full precision.
+    the leaves of "compand" whose name ends in `mu` (or what another family's parameter is called)
+    or `scale`. The parts do not mix: weight decay in `weights` leaves mu and the scales alone.
+    "compand" may be absent, as in full precision.
 
     Args:
       weights: Optimizer of the network's own parameters.
-      mu: Optimizer of theta = log(1 + mu). Whatever it does, mu stays in [0, 255].
+      mu: Optimizer of theta = log(1 + mu), and of the trainable parameters of any other family.
+        Whatever it does, mu stays in [0, 255].
       scale: Optimizer of rho = log(scale). Whatever it does, the scale stays positive.
 
     Returns:
@@ -40,12 +44,21 @@ def label_parameters(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: _label(path), parameters)
 
 
+def label_of(name: str) -> str | None:
+    """Returns "mu" or "scale" of a leaf's name, such as "weight_mu"; None of any other."""
+    if name.endswith("scale"):
+        return "scale"
+    if any(f"_{name}".endswith(f"_{parameter}") for parameter in parameter_names()):
+        return "mu"
+    return None
+
+
 def _label(path: tuple) -> str:
     keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
     if keys and keys[0] == "params":
         return "weights"
-    for label in ("mu", "scale"):
-        if keys and keys[0] == "compand" and keys[-1].endswith(label):
+    if keys and keys[0] == "compand":
+        if (label := label_of(keys[-1])) is not None:
             return label
     raise ValueError(
         "`params` of the optimizer must be {'params': ..., 'compand': ...} with leaves of compand "

@@ -36,9 +36,10 @@ class Quantized:
 
         Returns:
           By site, "weight_mu", "weight_scale", "act_mu" and "act_scale", float32. mu has no unit,
-          and is 0 for a uniform quantizer; a scale is in the units of what it clips. A weight or
-          an activation in full precision has no entry. A scale that follows its weight is that of
-          the weight in "params", and 2^-110 where the weight is zero.
+          and is 0 for a uniform quantizer. In its place another family has its own parameters, such
+          as "weight_exponent", or nothing. A scale is in the units of what it clips. A weight or an
+          activation in full precision has no entry. A scale that follows its weight is that of the
+          weight in "params", and 2^-110 where the weight is zero.
 
         Raises:
           ValueError: "compand" is missing, or was made with another config.
@@ -46,11 +47,13 @@ class Quantized:
         compand = compand_of(variables)
         found: dict[str, dict[str, Array]] = {}
         for site, operand in par.quantized_operands(compand):
-            own = site_weight(self._params(variables), site) if operand == "weight" else None
-            parameters = par.read_parameters(compand, site, operand, self.config, own)
+            weight = site_weight(self._params(variables), site) if operand == "weight" else None
+            parameters = par.read_parameters(compand, site, operand, self.config, weight)
             assert parameters is not None
-            mu, scale = parameters
-            found.setdefault(site, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})
+            mu, own = parameters[0], found.setdefault(site, {})
+            if (name := par.entry_name(operand, self.config.at(site).quantizer)) is not None:
+                own[name] = mu
+            own[f"{operand}_scale"] = parameters[1]
         return found
 
     def summary(self, variables: Mapping[str, Any]) -> str:

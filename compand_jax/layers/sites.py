@@ -11,10 +11,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from compand_jax.core.codebooks import Spec, check_spec
+from compand_jax.core.families.registry import family_names
+from compand_jax.core.spec import Spec, check_spec
 from compand_jax.layers.config import (
     ACT_SITES,
-    QUANTIZERS,
     QuantConfig,
     check_acts,
     check_weights,
@@ -27,10 +27,10 @@ _PRODUCT = re.compile(r"(.*/)?product_[0-9]+:(left|right)")
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a site's fields, axes as a tuple; raises ValueError where one is out of its range."""
-    check_weights(fields["weight_bits"], fields["grid"])
+    require_choice("quantizer", fields["quantizer"], family_names())
+    check_weights(fields["weight_bits"], fields["grid"], fields["quantizer"])
     # One bit has no sign: that is checked where it is used, once calibration has decided.
     check_acts(fields["act_bits"], None)
-    require_choice("quantizer", fields["quantizer"], QUANTIZERS)
     require_choice("act_site", fields["act_site"], ACT_SITES)
     if not isinstance(fields["act_signed"], bool):
         raise ValueError(f"`act_signed` must be True or False, got {fields['act_signed']!r}")
@@ -52,7 +52,7 @@ class Site:
     Args:
       weight_bits: Bits per weight, 1 to 8. None is full precision.
       act_bits: Bits per activation, 1 to 8. None is full precision.
-      quantizer: "mu_law" or "uniform".
+      quantizer: The family of levels.
       grid: The weights' grid, "midtread" or "midrise". Activations are always midtread.
       scale_axes: The weight's axes, counted from the end (-1 is the last), along which each index
         has a scale of its own. Without any, the weight has one scale.
@@ -89,13 +89,13 @@ class Site:
           ValueError: one bit for activations that have a sign.
         """
         if operand == "weight":
-            return check_spec(self.weight_bits, True, self.grid)
+            return check_spec(self.weight_bits, True, self.grid, self.quantizer)
         if self.act_bits == 1 and self.act_signed:
             raise ValueError(
                 "`act_bits` must be at least 2 for activations that have a sign, got 1: calibrate "
                 "a model whose activations have none, or set act_signed=False"
             )
-        return check_spec(self.act_bits, self.act_signed)
+        return check_spec(self.act_bits, self.act_signed, "midtread", self.quantizer)
 
     def scale_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the weight's scale: () or the weight's, kept axes alone."""
@@ -120,6 +120,13 @@ def site_from_config(
         act_site=config.act_site,
         weight_standardization=config.weight_standardization,
     )
+
+
+def first_spec(site: Site, operand: str) -> Spec:
+    """Returns a quantizer before calibration, also of one bit, where this can show no sign."""
+    if operand == "act" and site.act_bits == 1:
+        site = dataclasses.replace(site, act_signed=False)
+    return site.spec(operand)
 
 
 def is_product(site: str) -> bool:

@@ -11,6 +11,7 @@ from flax.core import meta
 from jaxtyping import Array
 
 from compand_jax.core.quantizers import fake_quantize
+from compand_jax.layers import parametrization as par
 from compand_jax.layers.sites import Site
 from compand_jax.layers.standardization import moments
 
@@ -79,31 +80,41 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
     weight, act = ["-"] * 6, ["-"] * 4
     kernel = site_weight(params, name)
     if "weight_scale" in found:
-        mu, scale = found["weight_mu"], found["weight_scale"]
-        weight[:3] = str(site.weight_bits), _range(mu), _range(scale)
+        spec, scale = site.spec("weight"), found["weight_scale"]
+        mu = par.entry(found, "weight", spec)
+        weight[:3] = str(site.weight_bits), _shown(found, "weight", site), _range(scale)
         if kernel is not None:
-            bits = site.spec("weight").bits
-            weight[3], weight[4] = (
-                _sqnr(kernel, mu, scale, site),
-                str(-(-kernel.size * bits // 8)),
-            )
+            weight[3] = _sqnr(kernel, mu, scale, site)
+            weight[4] = str(-(-kernel.size * spec.bits // 8))
     if kernel is not None:
         weight[5] = str(4 * kernel.size)
     if "act_scale" in found:
         act = [
-            str(site.act_bits), _range(found["act_mu"]), _range(found["act_scale"]),
+            str(site.act_bits), _shown(found, "act", site), _range(found["act_scale"]),
             "yes" if site.act_signed else "no",
         ]  # fmt: skip
     return (name or "(model)", *weight, *act)
 
 
-def _sqnr(kernel: Array, mu: Array, scale: Array, site: Site) -> str:
-    if not mu.ndim and scale.ndim:  # one of a stack's layers has fewer axes than the stack
+def _shown(found: Mapping[str, Any], operand: str, site: Site) -> str:
+    """Returns the range of a quantizer's parameters, with their name unless it is mu."""
+    name = par.entry_name(operand, site.quantizer)
+    if name is None:
+        return site.quantizer
+    word = name.removeprefix(f"{operand}_")
+    return _range(found[name]) if word == "mu" else f"{word} {_range(found[name])}"
+
+
+def _sqnr(kernel: Array, mu: Array | None, scale: Array, site: Site) -> str:
+    spec = site.spec("weight")
+    own = len(spec.family.shape(spec))
+    stack = scale.ndim - bool(site.scale_axes) * kernel.ndim if mu is None else mu.ndim - own
+    if stack <= 0 and scale.ndim:  # one of a stack's layers has fewer axes than the stack
         scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)
         if any(n not in (1, size) for n, size in zip(scale.shape, kernel.shape, strict=True)):
             return "-"
     quantize = functools.partial(_quantized, site=site)
-    for _ in mu.shape:  # each of a stack's layers has its own
+    for _ in range(stack):  # each of a stack's layers has its own
         quantize = jax.vmap(quantize)
     quantized = quantize(kernel, mu, scale)
     exact, quantized = np.asarray(kernel, np.float64), np.asarray(quantized, np.float64)
@@ -111,11 +122,11 @@ def _sqnr(kernel: Array, mu: Array, scale: Array, site: Site) -> str:
     return f"{10 * np.log10(power / noise):.1f}" if noise and power else "inf"
 
 
-def _quantized(kernel: Array, mu: Array, scale: Array, *, site: Site) -> Array:
+def _quantized(kernel: Array, mu: Array | None, scale: Array, *, site: Site) -> Array:
     """Returns a kernel's levels, the scale being in its units."""
     spec, kernel = site.spec("weight"), jnp.asarray(kernel)
     mean = moments(kernel)[0] if site.weight_standardization else jnp.zeros((), kernel.dtype)
-    quantized = fake_quantize(kernel - mean, mu, scale, bits=spec.bits, grid=spec.grid)
+    quantized = fake_quantize(kernel - mean, mu, scale, **spec.arguments)
     return mean + quantized
 
 

@@ -38,6 +38,6 @@ def weight_codes(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> dict[s
             weight = weight - moments(weight)[0].astype(weight.dtype)
         if scale.ndim:  # a stack's layers share their channels' scales
             scale = scale.reshape((1,) * (weight.ndim - scale.ndim) + scale.shape)
-        codes = quantize(weight, own["weight_mu"], scale, bits=spec.bits, grid=spec.grid)
+        codes = quantize(weight, par.entry(own, "weight", spec), scale, **spec.arguments)
         par.set_leaf(found, path, codes)
     return found

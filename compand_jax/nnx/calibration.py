@@ -29,9 +29,9 @@ from compand_jax.nnx.contractions import (
     unhook,
 )
 from compand_jax.nnx.layer_kinds import weight_of
-from compand_jax.nnx.promotion import Promotion, parameters_of, variables_of
+from compand_jax.nnx.promotion import Promotion, parameters_of, theta_name, variables_of
 from compand_jax.nnx.quantized_model import hooked_layers, sites, stack_shape
-from compand_jax.nnx.variables import Quantizer
+from compand_jax.nnx.variables import Mu, Quantizer
 
 _UNCHANGED = Unchanged()  # one, so that a graphdef with it equals another
 
@@ -190,7 +190,7 @@ def _shared(layers: list[tuple[Any, Promotion]], config: QuantConfig) -> dict[tu
     found = {}
     for _, promotion in layers:
         for operand in promotion.site.operands():
-            path = par.mu_path(promotion.layer.site, operand, config)
+            path = par.parameter_path(promotion.layer.site, operand, config)
             if path is not None and path[0] == par.SHARED:
                 found[path], _ = variables_of(promotion, operand)
     return found
@@ -207,17 +207,22 @@ def _set(
     name = promotion.layer.site
     rho = par.get_leaf(compand, par.scale_path(name, operand))
     if rho is None:
-        setattr(promotion, f"{operand}_mu", nnx.data(None))
+        setattr(promotion, theta_name(promotion, operand), nnx.data(None))
         setattr(promotion, f"{operand}_scale", nnx.data(None))
         return
     theta_variable, rho_variable = variables_of(promotion, operand)
     assert rho_variable is not None
     _write(rho_variable, jnp.broadcast_to(rho, stack + rho.shape))
     if theta_variable is not None:
-        path = par.mu_path(name, operand, config)
+        path = par.parameter_path(name, operand, config)
         assert path is not None
+        theta = par.get_leaf(compand, path)
         own = () if path[0] == par.SHARED else stack
-        _write(theta_variable, jnp.broadcast_to(par.get_leaf(compand, path), own))
+        theta = jnp.broadcast_to(theta, (*own, *theta.shape))
+        if theta.shape == theta_variable[...].shape:
+            _write(theta_variable, theta)
+        else:  # as many free levels as the sign asks for that was found
+            setattr(promotion, theta_name(promotion, operand), Mu(theta))
 
 
 def _write(variable: Quantizer, value: Array) -> None:
@@ -231,7 +236,8 @@ def _feed_back(layer: Any, promotion: Promotion, seen: Observations) -> None:
     # Under WeightNorm, or a mask, it is not used as it is stored.
     if parameters is None or not np.array_equal(seen.weights[name][0], kernel[...]):
         return
-    found = {"weight_mu": parameters[0], "weight_scale": parameters[1]}
+    spec = promotion.site.spec("weight")
+    found = {"weight_scale": parameters[1], f"weight_{spec.family.parameter}": parameters[0]}
     rounded = fed_back(kernel[...], found, promotion.site, seen, name)
     if rounded is not None:
         kernel[...] = rounded
@@ -240,11 +246,10 @@ def _feed_back(layer: Any, promotion: Promotion, seen: Observations) -> None:
 def _feed_back_own(model: nnx.Module, seen: Observations) -> None:
     """Rounds with error feedback what the model itself multiplies as it is stored."""
     params = own_parameters(model)
-    for name, operand, (mu, scale) in own_quantizers(model):
+    for name, operand, found in own_quantizers(model):
         if operand != "weight" or name not in seen.weights:
             continue
         variable, site = params[name], sites(model)[name]
-        found = {"weight_mu": mu, "weight_scale": scale}
         rounded = fed_back(variable[...], found, site, seen, name)
         if rounded is not None:
             variable[...] = rounded

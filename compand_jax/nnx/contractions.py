@@ -99,7 +99,7 @@ def set_sites(
     for name, site in sites.items():
         for operand in site.operands():
             places = (
-                (par.mu_path(name, operand, own.config), Mu),
+                (par.parameter_path(name, operand, own.config), Mu),
                 (par.scale_path(name, operand), Scale),
             )
             for path, kind in places:
@@ -131,8 +131,8 @@ def own_parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     return {name: x for name, x in named.items() if jnp.issubdtype(x[...].dtype, jnp.inexact)}
 
 
-def own_quantizers(model: nnx.Module) -> Iterator[tuple[str, str, tuple[Array, Array]]]:
-    """Yields mu and scale of a model's own contractions, each with its site and operand."""
+def own_quantizers(model: nnx.Module) -> Iterator[tuple[str, str, dict[str, Array]]]:
+    """Yields site and operand of a model's own contractions, with what `quantizers` has of them."""
     if (own := contractions_of(model)) is None:
         return
     compand, params = compand_of(own), own_parameters(model)
@@ -141,7 +141,9 @@ def own_quantizers(model: nnx.Module) -> Iterator[tuple[str, str, tuple[Array, A
             weight = params[name][...] if operand == "weight" else None
             found = par.read_parameters(compand, name, operand, own.config, weight)
             assert found is not None
-            yield name, operand, found
+            mu, scale = found
+            key = par.entry_name(operand, site.quantizer)
+            yield name, operand, {f"{operand}_scale": scale} | ({key: mu} if key else {})
 
 
 def _copied(tree: Any) -> Any:

@@ -6,6 +6,7 @@ import jax
 import optax
 from flax import nnx
 
+from compand_jax.layers.partition import label_of
 from compand_jax.nnx.contractions import ATTRIBUTE
 from compand_jax.nnx.promotion import HOOK
 
@@ -23,7 +24,8 @@ def partition_optimizer(
 
     Args:
       weights: Optimizer of the network's own parameters: all but what follows.
-      mu: Optimizer of every `Mu`, theta = log(1 + mu). Whatever it does, mu stays in [0, 255].
+      mu: Optimizer of every `Mu`, theta = log(1 + mu), also where it is another family's theta.
+        Whatever it does, mu stays in [0, 255].
       scale: Optimizer of every `Scale`, rho = log(scale). Whatever it does, the scale stays
         positive.
 
@@ -52,8 +54,7 @@ def _label(path: tuple) -> str:
     # `init` shows Variables, `update` arrays, whose types are not those of variables any more.
     keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
     if HOOK in keys[:-1]:
-        return keys[keys.index(HOOK) + 1].rpartition("_")[2]
+        return "scale" if keys[keys.index(HOOK) + 1].endswith("_scale") else "mu"
     if ATTRIBUTE in keys[:-1]:
-        kinds = (key.rpartition("_")[2] for key in reversed(keys))
-        return next(kind for kind in kinds if kind in ("mu", "scale"))
+        return next(filter(None, map(label_of, reversed(keys))))
     return "weights"

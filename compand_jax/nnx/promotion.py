@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from compand_jax.core.families.registry import family_of
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.contractions.program import marked
@@ -35,7 +36,8 @@ class Promotion(nnx.Module):
       visitor: What sees the operands in full precision, in place of quantizing them. In the copy
         of a model that is observed, it is part of the graphdef, so that `nnx.jit` keeps its traces
         apart from any other.
-      weight_mu: theta of the weight, None in full precision and for a uniform quantizer.
+      weight_mu: theta of the weight, None in full precision and for a uniform quantizer. Another
+        family has its theta in an attribute of its parameter's name, such as `weight_exponent`.
       weight_scale: rho of the weight, None in full precision.
       act_mu: theta of the activation, likewise.
       act_scale: rho of the activation, likewise.
@@ -72,7 +74,14 @@ class Promotion(nnx.Module):
 # Functions beside the class: Flax tabulates whatever methods a module has.
 def variables_of(promotion: Promotion, operand: str) -> tuple[Mu | None, Scale | None]:
     """Returns theta and rho of "weight" or "act", as the variables that hold them."""
-    return getattr(promotion, f"{operand}_mu"), getattr(promotion, f"{operand}_scale")
+    return getattr(promotion, theta_name(promotion, operand), None), getattr(
+        promotion, f"{operand}_scale"
+    )
+
+
+def theta_name(promotion: Promotion, operand: str) -> str:
+    """Returns the attribute that holds theta of "weight" or "act", by the parameter's name."""
+    return f"{operand}_{family_of(promotion.site.quantizer).parameter or 'mu'}"
 
 
 def parameters_of(
@@ -85,7 +94,8 @@ def parameters_of(
     theta, rho = variables_of(promotion, operand)
     if rho is None:
         return None
-    mu = jnp.zeros((), jnp.float32) if theta is None else par.mu_from_theta(theta[...])
+    family = family_of(promotion.site.quantizer)
+    mu = jnp.zeros((), jnp.float32) if theta is None else family.from_trainable(theta[...])
     if weight is None:
         return mu, par.scale_from_rho(rho[...])
     # One scale for each layer of a stack lies along its axes, in front.
@@ -143,14 +153,15 @@ class _Quantizing:
             )
         mu, scale = parameters
         shape = self._own.site.scale_shape(x.shape) if operand == "weight" else ()
-        if mu.ndim or scale.shape != shape:
+        spec = self._own.site.spec(operand)
+        own = spec.family.shape(spec)
+        if mu.shape != own or scale.shape != shape:
             raise ValueError(
-                f"site {name!r} must see the {operand}_mu and {operand}_scale of one layer, of "
-                f"shapes () and {shape}, got {mu.shape} and {scale.shape}: what runs a stack of "
-                "layers splits these variables as it does nnx.Param, such as "
+                f"site {name!r} must see the {theta_name(self._own, operand)} and {operand}_scale "
+                f"of one layer, of shapes {own} and {shape}, got {mu.shape} and {scale.shape}: "
+                "what runs a stack of layers splits these variables as it does nnx.Param, such as "
                 "nnx.StateAxes({(nnx.Param, compand_jax.nnx.Quantizer): 0, ...: None})"
             )
-        spec = self._own.site.spec(operand)
         _, rho = variables_of(self._own, operand)
         assert rho is not None
         if standardized:

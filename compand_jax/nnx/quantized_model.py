@@ -16,6 +16,7 @@ from compand_jax.layers.sites import (
     Site,
     check_rules,
     check_sites,
+    first_spec,
     is_product,
     require_sites,
     site_from_config,
@@ -30,7 +31,7 @@ from compand_jax.nnx.contractions import (
     unhook,
 )
 from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, unrolling_of, weight_ndim, weight_of
-from compand_jax.nnx.promotion import HOOK, Promotion, parameters_of
+from compand_jax.nnx.promotion import HOOK, Promotion, parameters_of, theta_name
 from compand_jax.nnx.variables import Mu, Scale
 
 M = TypeVar("M", bound=nnx.Module)
@@ -149,8 +150,9 @@ def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
 
     Returns:
       By site, "weight_mu", "weight_scale", "act_mu" and "act_scale", float32. mu has no unit, and
-      is 0 for a uniform quantizer; a scale is in the units of what it clips. A stack's have its
-      axes in front. A weight or an activation in full precision has no entry.
+      is 0 for a uniform quantizer; in its place another family has its own parameters, or nothing.
+      A scale is in the units of what it clips. A stack's have its axes in front. A weight or an
+      activation in full precision has no entry.
 
     Raises:
       ValueError: `model` is not quantized.
@@ -162,9 +164,12 @@ def quantizers(model: nnx.Module) -> dict[str, dict[str, Array]]:
             weight = weight_of(layer)[...] if operand == "weight" else None
             if (parameters := parameters_of(promotion, operand, weight)) is not None:
                 mu, own[f"{operand}_scale"] = parameters
-                own[f"{operand}_mu"] = jnp.broadcast_to(mu, stack_shape(layer))
-    for name, operand, (mu, scale) in own_quantizers(model):
-        found.setdefault(name, {}).update({f"{operand}_mu": mu, f"{operand}_scale": scale})
+                spec, quantizer = promotion.site.spec(operand), promotion.site.quantizer
+                if (key := par.entry_name(operand, quantizer)) is not None:
+                    shape = *stack_shape(layer), *spec.family.shape(spec)
+                    own[key] = jnp.broadcast_to(mu, shape)
+    for name, _, entries in own_quantizers(model):
+        found.setdefault(name, {}).update(entries)
     return found
 
 
@@ -277,15 +282,15 @@ def _hook(
         if operand == "weight":
             rho = _first_rho(weight_of(layer)[...], found, kind.channel_axes, stack)
         setattr(promotion, f"{operand}_scale", Scale(rho))
-        path = par.mu_path(name, operand, config)
+        path = par.parameter_path(name, operand, config)
         if path is None:
             continue
+        theta = par.first_theta(config, first_spec(found, operand))
         if path[0] != par.SHARED:
-            theta = jnp.broadcast_to(par.theta_from_mu(config.mu_init), stack)
-            setattr(promotion, f"{operand}_mu", Mu(theta))
-            continue
-        mu = shared.setdefault(path, Mu(par.theta_from_mu(config.mu_init)))
-        setattr(promotion, f"{operand}_mu", mu)
+            theta = Mu(jnp.broadcast_to(theta, (*stack, *theta.shape)))
+        else:
+            theta = shared.setdefault(path, Mu(theta))
+        setattr(promotion, theta_name(promotion, operand), theta)
     setattr(layer, HOOK, nnx.data(promotion))
 
 
@@ -306,8 +311,8 @@ def _first_parameters(
             if operand == "weight":
                 rho = _first_rho(params[name][...], site, site.scale_axes or (-1,), ())
             par.set_leaf(compand, par.scale_path(name, operand), rho)
-            if (path := par.mu_path(name, operand, config)) is not None:
-                par.set_leaf(compand, path, par.theta_from_mu(config.mu_init))
+            if (path := par.parameter_path(name, operand, config)) is not None:
+                par.set_leaf(compand, path, par.first_theta(config, first_spec(site, operand)))
     return compand
 
 

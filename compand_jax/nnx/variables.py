@@ -13,7 +13,8 @@ class Quantizer(nnx.Variable):
 class Mu(Quantizer):
     """theta = log(1 + mu), float32: a scalar, or one for each layer of a stack.
 
-    `compand_jax.mu_from_theta` gives mu.
+    `compand_jax.mu_from_theta` gives mu. Of another family of levels it is that one's theta, behind
+    a stack's axes.
     """
 
 

@@ -10,8 +10,8 @@ import oracle
 import pytest
 
 from compand_jax.calibration.error_feedback import round_with_feedback
-from compand_jax.core.codebooks import Spec
 from compand_jax.core.quantizers import fake_quantize
+from compand_jax.core.spec import Spec
 
 SPECS = (Spec(4), Spec(2, True, "midrise"))
 N, ROWS, MU = 12, 5, 3.0

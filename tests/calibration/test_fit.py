@@ -13,7 +13,7 @@ from compand_jax.calibration import fit as fit_module
 from compand_jax.calibration import samples
 from compand_jax.calibration.fit import Group, fit_groups
 from compand_jax.calibration.samples import histogram, merge_histograms, sample_from_weights
-from compand_jax.core.codebooks import Spec
+from compand_jax.core.spec import Spec
 
 SIZE = 10_000
 P = (np.arange(SIZE) + 0.5) / SIZE

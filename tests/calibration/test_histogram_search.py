@@ -7,7 +7,7 @@ import pytest
 from compand_jax.calibration.histogram_search import best_scales_of_histograms, cumulate
 from compand_jax.calibration.samples import sample_from_weights
 from compand_jax.calibration.scale_search import best_scales
-from compand_jax.core.codebooks import Spec
+from compand_jax.core.spec import Spec
 
 SPECS = [Spec(2), Spec(4), Spec(8), Spec(4, False), Spec(8, False), Spec(2, True, "midrise")]
 

@@ -24,7 +24,7 @@ from small_models import (
 import compand_jax as cj
 from compand_jax.calibration.fit import Group, fit_groups
 from compand_jax.calibration.samples import sample_from_weights
-from compand_jax.core.codebooks import Spec
+from compand_jax.core.spec import Spec
 
 X = normal(5, 4)
 BATCHES = (X, normal(5, 4, seed=1), 2 * normal(3, 4, seed=2))  # the last one is smaller

@@ -95,12 +95,12 @@ def quantized_params(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> di
     for name, found in qmodel.quantizers(variables).items():
         if "weight_scale" in found:
             path, spec = (*par.site_path(name), "kernel"), qmodel.site(name).spec("weight")
-            mu, scale = found["weight_mu"], found["weight_scale"]
-            flat[path] = _levels(flat[path], mu, scale, bits=spec.bits, grid=spec.grid)
+            mu, scale = par.entry(found, "weight", spec), found["weight_scale"]
+            flat[path] = _levels(flat[path], mu, scale, **spec.arguments)
     return unflatten_dict(flat)
 
 
-_levels = jax.jit(fake_quantize, static_argnames=("bits", "signed", "grid"))
+_levels = jax.jit(fake_quantize, static_argnames=("bits", "signed", "grid", "quantizer"))
 
 
 def with_levels(
@@ -129,7 +129,7 @@ def with_levels(
         if operand == "act":
             scale_path = par.scale_path(name, operand)
             par.set_leaf(own_compand, scale_path, par.get_leaf(compand, scale_path))
-            shared, mu_path = (par.mu_path(name, operand, one) for one in (config, own))
+            shared, mu_path = (par.parameter_path(name, operand, one) for one in (config, own))
             if shared is not None and mu_path is not None:
                 par.set_leaf(own_compand, mu_path, par.get_leaf(compand, shared))
     return quantize_model(qmodel.model, own, sites=sites), {**levels, "compand": own_compand}

@@ -152,7 +152,7 @@ def _expansion(
     if "weight" in parameters:
         check_weight(name, weight)
         spec, (mu, scale) = site.spec("weight"), parameters["weight"]
-        mu = jnp.broadcast_to(mu, stack)
+        mu = jnp.broadcast_to(mu, (*stack, *spec.family.shape(spec)))
         standardized = site.weight_standardization
         layers = [
             pack_weight(weight[i], mu[i], scale[i], spec, standardized) for i in np.ndindex(stack)
@@ -162,7 +162,7 @@ def _expansion(
         frozen = FrozenSite(FrozenWeight(spec.bits, spec.grid, *shapes, leaf))
     if "act" in parameters:
         spec, (mu, scale) = site.spec("act"), parameters["act"]
-        mu = jnp.broadcast_to(mu, stack)
+        mu = jnp.broadcast_to(mu, (*stack, *spec.family.shape(spec)))
         tables |= _stacked([act_tables(mu[i], scale[i], spec) for i in np.ndindex(stack)], stack)
         frozen = FrozenSite(frozen.weight, spec.bits, spec.signed)
     return Expansion(promotion.promote, promotion.layer, frozen, stack, tables)
