@@ -37,7 +37,7 @@ def test_bits(make, name, bits):
     ("field", "value", "choices"),
     [
         ("mu_scope", "layer", "single, separate, per_layer"),
-        ("quantizer", "mulaw", "mu_law, uniform"),
+        ("quantizer", "mulaw", "mu_law, uniform, power.*"),
         ("weight_granularity", "row", "tensor, channel"),
         ("act_site", "inputs", "input, output"),
         ("scale_gradient", "LSQ", "plain, lsq"),

@@ -72,5 +72,5 @@ def test_a_mu_at_zero_can_leave_it():
     ],
 )
 def test_the_scopes_differ_in_where_mu_lies(config, site, path):
-    assert par.mu_path(site, "act", cj.QuantConfig(**config)) == path
+    assert par.parameter_path(site, "act", cj.QuantConfig(**config)) == path
     assert par.scale_path(site, "act") == (*(site.split("/") if site else ()), "act_scale")

@@ -36,7 +36,7 @@ from compand_jax.experiments.runs.presets import PRESETS
         ("--quant.weight-bits 1", "`weight_bits` must be at least 2 for a signed midtread grid"),
         ("--quant.mu-scope all", "`mu_scope` must be one of single, separate, per_layer, got"),
         ("--quant.grid mid", "`grid` must be one of midtread, midrise, got 'mid'"),
-        ("--quant.quantizer x", "`quantizer` must be one of mu_law, uniform, got 'x'"),
+        ("--quant.quantizer x", "`quantizer` must be one of mu_law, uniform, power, "),
         ("--quant.mu-init -1", "`mu_init` must be from 0 to 255, got -1.0"),
         ("--quant.mu-init nan", "`mu_init` must be from 0 to 255, got nan"),
         ("--quant.rules nojson", "`--quant.rules` must be JSON objects with pattern and any of"),
