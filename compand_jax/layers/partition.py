@@ -57,9 +57,8 @@ def _label(path: tuple) -> str:
     keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
     if keys and keys[0] == "params":
         return "weights"
-    if keys and keys[0] == "compand":
-        if (label := label_of(keys[-1])) is not None:
-            return label
+    if keys and keys[0] == "compand" and (label := label_of(keys[-1])) is not None:
+        return label
     raise ValueError(
         "`params` of the optimizer must be {'params': ..., 'compand': ...} with leaves of compand "
         f"named ...mu or ...scale, got {'/'.join(keys) or 'a leaf'}: "

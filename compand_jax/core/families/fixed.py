@@ -35,8 +35,11 @@ class Fixed(Family):
     def host_table(self, p: Any, spec: "Spec") -> tuple[np.ndarray, np.ndarray]:
         """Returns the table in float64."""
         levels = self.levels(spec)
-        table = levels, nearest_thresholds(levels)
-        return tuple(np.broadcast_to(x, (*np.shape(p), len(x))) for x in table)
+        return _repeated(levels, p), _repeated(nearest_thresholds(levels), p)
+
+
+def _repeated(table: np.ndarray, p: Any) -> np.ndarray:
+    return np.broadcast_to(table, (*np.shape(p), len(table)))
 
 
 class NormalFloat(Fixed):
