@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from command_line import parse, run_script
 
+from compand_jax.experiments.commands.arguments import parse, run_script
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import make_writable, provenance, write_json, write_text
 from compand_jax.experiments.runs.config import FULL_PRECISION, Method, RunConfig

@@ -2,18 +2,19 @@
 
 import sys
 
-import command_line
 import pytest
+
+from compand_jax.experiments.commands import arguments
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs a script's main in this process: its exit status, its output, its errors."""
 
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    def run(script, *given):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, given)])
         try:
-            status = command_line.run_script(script.main)
+            status = arguments.run_script(script.main)
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()

@@ -10,10 +10,10 @@ import sys
 import tomllib
 from pathlib import Path
 
-import command_line
 import pytest
-import report
 
+from compand_jax.experiments.commands import report
+from compand_jax.experiments.commands.arguments import parse
 from compand_jax.experiments.ptq.record import document, results_by_setting
 from compand_jax.experiments.ptq.run import PostTrainingConfig
 from compand_jax.experiments.ptq.tables import base_setting, tables
@@ -151,31 +151,37 @@ def test_ci_runs_the_two_commands():
     assert found == [[line] for line in two]
 
 
-@pytest.mark.parametrize("command", commands("python scripts/"))
-def test_commands_parse(command):
-    arguments = shlex.split(command, comments=True)
+def command(name):
+    """Returns the module of a script: of the package, or the script itself."""
+    package = "" if name == "compare_dtypes" else "compand_jax.experiments.commands."
+    return importlib.import_module(f"{package}{name}")
+
+
+@pytest.mark.parametrize("line", commands("python scripts/"))
+def test_commands_parse(line):
+    arguments = shlex.split(line, comments=True)
     if arguments[0] == "gcloud":  # the command that every worker is given
         arguments = shlex.split(arguments[-1].partition("=")[2])
     at = next(i for i, text in enumerate(arguments) if text.startswith("scripts/"))
     name, args = Path(arguments[at]).stem, arguments[at + 1 :]
     if name == "train":
         start = args.pop(0) if args else "digits"
-        config = command_line.parse(RunConfig, args, default=preset(start))
+        config = parse(RunConfig, args, default=preset(start))
         assert (config != preset(start)) == bool(args)
     elif name == "ptq":
-        assert command_line.parse(PostTrainingConfig, ["--checkpoint", *args])
+        assert parse(PostTrainingConfig, ["--checkpoint", *args])
     else:
-        options = command_line.parse(importlib.import_module(name).Args, args)
+        options = parse(command(name).Args, args)
         if name == "study":
             assert study_cells(options.preset)
 
 
-SCRIPTS = [path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "command_line"]
+SCRIPTS = [path.stem for path in (ROOT / "scripts").glob("*.py")]
 
 
 def test_options_named_in_a_text_exist():
     others = {"train": RunConfig, "ptq": PostTrainingConfig}
-    kinds = [others.get(name) or importlib.import_module(name).Args for name in SCRIPTS]
+    kinds = [others.get(name) or command(name).Args for name in SCRIPTS]
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     known = {f"--{name.replace('_', '-')}" for name in names} | {"--help"}
     for page in PAGES:

@@ -233,4 +233,4 @@ def _build_directory(spec: ArchiveSpec, data_dir: Path) -> Iterator[Path]:
 
 
 def _command(name: str, data_dir: str | Path) -> str:
-    return f"python scripts/prepare_data.py {name} --data-dir {shlex.quote(str(data_dir))}"
+    return f"compand prepare_data {name} --data-dir {shlex.quote(str(data_dir))}"

@@ -168,7 +168,7 @@ def test_damaged_data_set(damage, make, tmp_path):
     damage(data.prepare_cifar("cifar10", make(), tmp_path))
     message = (
         "`data_dir` must hold cifar10 as it was prepared, got a damaged one in '.*cifar10' "
-        r"\(.+\): delete that folder and run `python scripts/prepare_data.py cifar10 --data-dir"
+        r"\(.+\): delete that folder and run `compand prepare_data cifar10 --data-dir"
     )
     with pytest.raises(ValueError, match=message) as error:
         data.load_data("cifar10", tmp_path)

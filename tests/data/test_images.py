@@ -51,7 +51,7 @@ def test_not_prepared(tmp_path):
     folder = tmp_path / "my data"
     message = (
         "`data_dir` must hold cifar10, got '.*my data', in which cifar10 is not prepared: "
-        "run `python scripts/prepare_data.py cifar10 --data-dir '.*my data'`"
+        "run `compand prepare_data cifar10 --data-dir '.*my data'`"
     )
     with pytest.raises(FileNotFoundError, match=message):
         data.load_data("cifar10", folder)

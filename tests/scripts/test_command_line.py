@@ -2,26 +2,30 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
-import evaluate
 import pytest
-import study
-import train
 
 # Fixtures are imported to be found (F401), and named again where they are used (F811).
 from scripts_called import call, error_of, refusal_of  # noqa: F401
 from tiny_runs import SCRIPTS, snapshot, standard_promotion, tiny, tiny_config  # noqa: F401
 
 from compand_jax import QuantConfig, Rule
+from compand_jax.experiments.commands import console, evaluate, study, train
+from compand_jax.experiments.commands.arguments import of_commands
 from compand_jax.experiments.runs import run as experiments
 from compand_jax.experiments.runs import stages
 from compand_jax.experiments.runs.config import Method, RunConfig, to_json
 from compand_jax.experiments.runs.presets import PRESETS
+
+PROJECT = tomllib.loads((SCRIPTS.parent / "pyproject.toml").read_text())["project"]
 
 
 @pytest.mark.quick
@@ -110,7 +114,7 @@ def test_failed_cells_are_an_error_at_the_end(call, monkeypatch, tmp_path):  # n
     monkeypatch.setattr(study, "run_study", lambda *_: [])
     status, out, _ = call(study, "smoke", "--out", tmp_path)
     assert status == 0
-    assert "0 of 3 cells finished, others at work on the rest; now scripts/report.py" in out
+    assert "0 of 3 cells finished, others at work on the rest; now compand report" in out
 
 
 def test_exit_status_of_the_process(tmp_path):
@@ -159,6 +163,36 @@ def test_help_of_every_script():
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     assert all(f"usage: {path} " in process.stdout for path in paths)
+
+
+@pytest.mark.quick
+def test_compand_runs_each_command(monkeypatch, capsys, tmp_path):
+    def run(*given):
+        monkeypatch.setattr(sys, "argv", ["bin/compand", *map(str, given)])
+        try:
+            return console.main(), *capsys.readouterr()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+
+    status, out, err = run("--help")
+    assert (status, err) == (0, "")
+    assert run() == (status, out, err)
+    modules = {path.stem for path in Path(console.__file__).parent.glob("*.py")}
+    assert set(console.COMMANDS) == modules - {"__init__", "arguments", "console"}
+    for name, what in console.COMMANDS.items():
+        module = importlib.import_module(f"compand_jax.experiments.commands.{name}")
+        assert of_commands(module.__doc__.partition("\n")[0]) == what
+        assert what in out
+    assert error_of(run("quantize")).startswith("`command` must be one of train, ptq, study, ")
+    status, out, err = run("study", "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: compand study [-h]")
+    assert "Usage: compand study PRESET --out DIR" in " ".join(out.split())
+    status, out, err = run("study", "smoke", "--out", tmp_path, "--dry-run")
+    assert (status, err) == (0, "")
+    assert "mu_law" in out
+    found = PROJECT["scripts"]["compand"].split(":")
+    assert getattr(importlib.import_module(found[0]), found[1]) is console.main
 
 
 # What the help of a field has to say of its unit or its choices.

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import report
 
+from compand_jax.experiments.commands import report
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.ptq.record import document
 from compand_jax.experiments.runs.config import FULL_PRECISION

@@ -61,7 +61,7 @@ def load_checkpoint(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Checkpoint:
-    """Returns the network of an .npz state dict, or of a run directory of scripts/train.py.
+    """Returns the network of an .npz state dict, or of a run directory of compand train.
 
     Args:
       path: of either.

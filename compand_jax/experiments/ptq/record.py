@@ -73,7 +73,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     # Of what is damaged, anything can be missing, or of another kind.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"`out` must hold a record of scripts/ptq.py, got {path}, which is none, or is "
+            f"`out` must hold a record of compand ptq, got {path}, which is none, or is "
             "damaged: choose another directory"
         ) from error
     return record

@@ -58,7 +58,7 @@ class PostTrainingConfig:
 
     checkpoint: Path
     """The trained network: an .npz file of a PyTorch state dict (see import_state_dict), or a run
-    directory of scripts/train.py, whose full-precision stage it is."""
+    directory of compand train, whose full-precision stage it is."""
     model: str | None = None
     """Network of a state dict: alexnet, vgg19, resnet20, ...; left out, resnet20. A run directory
     has its own, as it has data set and normalization."""

@@ -71,7 +71,7 @@ class RunConfig:
     """Trains a network in full precision, then fine-tunes it quantized, each method alike."""
 
     dataset: str = "digits"
-    """Data set: digits (embedded), cifar10 or cifar100 (see scripts/prepare_data.py)."""
+    """Data set: digits (embedded), cifar10 or cifar100 (see compand prepare_data)."""
     model: str = "cnn"
     """Network: cnn, alexnet, alexnet-bn, vgg11, vgg13, vgg16, vgg19, vgg-small, resnet20,
     resnet32, resnet44 or resnet56."""

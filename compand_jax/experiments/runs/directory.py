@@ -80,7 +80,7 @@ def read_config(run_dir: str | Path) -> RunConfig:
     if not path.is_file():
         raise UserError(
             f"`run_dir` must be a run's directory, with config.json in it, got {run_dir}: "
-            "give the directory that scripts/train.py wrote"
+            "give the directory that compand train wrote"
         )
     with user_errors(ValueError, TypeError):  # of a field
         return dataclasses.replace(from_json(_read_stored(path)), run_dir=Path(run_dir))

@@ -180,7 +180,7 @@ def load_predictor(path: Path) -> tuple[Predictor, str]:
     if path.suffix not in _LOADERS:
         raise UserError(
             f"`path` must end in one of {', '.join(_LOADERS)}, got {path}: give a file that "
-            "scripts/export.py wrote"
+            "compand export wrote"
         )
     with user_errors(OSError, ValueError):  # of the file
         return _LOADERS[path.suffix](path)
@@ -221,7 +221,7 @@ def _load_frozen(path: Path) -> tuple[Predictor, str]:
         mean, std = (tuple(map(float, info[key])) for key in ("mean", "std"))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"`path` must be a file that scripts/export.py wrote, got {path} without "
+            f"`path` must be a file that compand export wrote, got {path} without "
             f"{error}: use load_frozen with your own model"
         ) from error
     return predictor(load_frozen(path, model), mean, std), name
@@ -234,7 +234,7 @@ def _load_stablehlo(path: Path) -> tuple[Predictor, str]:
         (images,), (logits,) = exported.in_avals, exported.out_avals
     except Exception as error:  # whatever flatbuffers and MLIR raise
         raise UserError(
-            f"`path` must be a StableHLO file that scripts/export.py wrote, got {path}, which "
+            f"`path` must be a StableHLO file that compand export wrote, got {path}, which "
             f"cannot be read ({error})"
         ) from error
     return jax.jit(exported.call), _data_set(path, images.shape, logits.shape)
@@ -255,7 +255,7 @@ def _load_onnx(path: Path) -> tuple[Predictor, str]:
         (images,), (logits,) = session.get_inputs(), session.get_outputs()
     except Exception as error:  # its errors have no common base
         raise UserError(
-            f"`path` must be an ONNX file that scripts/export.py wrote, got {path}, which "
+            f"`path` must be an ONNX file that compand export wrote, got {path}, which "
             f"cannot be read ({error})"
         ) from error
 

@@ -259,7 +259,7 @@ def finished(config: RunConfig, data: ImageData, name: str) -> tuple[Stage, Trai
         raise UserError(
             f"`run_dir` must have a sound checkpoint of step {stage.steps} in "
             f"{checkpoints.directory}, got {got}: delete {stage.directory / 'result.json'} and run "
-            "scripts/train.py again, which repeats what is missing"
+            "compand train again, which repeats what is missing"
         )
     return found[0], found[1]
 

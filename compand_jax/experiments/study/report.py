@@ -42,7 +42,7 @@ def preset_of(directory: Path) -> str:
     if not path.is_file():
         raise UserError(
             f"`directory` must be a study's, with study.json in it, got {directory}: give the "
-            "--out of scripts/study.py"
+            "--out of compand study"
         )
     found = read_json(path)
     preset = found.get("preset") if isinstance(found, dict) else None
@@ -63,7 +63,7 @@ def read_records(directory: Path) -> list[dict[str, Any]]:
     if not any(record["row"]["stage"] == "cell" for record in records.values()):
         raise UserError(
             f"`directory` must be a study's, with a finished cell, got {directory}: "
-            "run scripts/study.py, or give its --out"
+            "run compand study, or give its --out"
         )
     rows = with_controls([record["row"] for record in records.values()])
     return [records[row["name"]] | {"row": row} for row in rows]
@@ -140,7 +140,7 @@ def study_block(kept: Path, link: str) -> str:
         if (kept / name).read_text() != text:
             raise UserError(
                 f"`results` must have the {name} of its records, got another in {kept}: run "
-                f"scripts/report.py {kept}"
+                f"compand report {kept}"
             )
     picture = f"![Test accuracy against bits]({link}/accuracy.png)"
     rest = f"Every mean and mu: [results/{kept.name}/report.md]({link}/report.md)."

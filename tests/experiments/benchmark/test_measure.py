@@ -5,17 +5,17 @@ import json
 import sys
 from pathlib import Path
 
-import benchmark as script
 import compare_dtypes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import report
 
 from compand_jax.experiments.benchmark import measure as benchmark
 from compand_jax.experiments.benchmark.measure import FULL, METHODS, MU_LAW, QWIX
 from compand_jax.experiments.benchmark.report import CURVES, benchmark_text, plot_curves
+from compand_jax.experiments.commands import benchmark as script
+from compand_jax.experiments.commands import report
 from compand_jax.experiments.errors import UserError
 
 STEP = {

@@ -249,7 +249,7 @@ def test_a_damaged_record_is_left_as_it_is(config, evaluated, monkeypatch):
         text = damage(json.loads(json.dumps(whole)), way)
         (config.out / "results.json").write_text(text)
         before = snapshot(config.out)
-        with pytest.raises(UserError, match="`out` must hold a record of scripts/ptq.py, got"):
+        with pytest.raises(UserError, match="`out` must hold a record of compand ptq, got"):
             run(config, progress=False)
         assert snapshot(config.out) == before, way
 

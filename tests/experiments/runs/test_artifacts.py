@@ -2,8 +2,6 @@
 
 import re
 
-import evaluate
-import export
 import pytest
 
 # Fixtures are imported to be found (F401), and named again where they are used (F811).
@@ -16,6 +14,7 @@ from tiny_runs import (  # noqa: F401
     tiny_data,
 )
 
+from compand_jax.experiments.commands import evaluate, export
 from compand_jax.experiments.runs import export as exports
 from compand_jax.experiments.runs import run as experiments
 from compand_jax.experiments.runs.config import Method

@@ -150,7 +150,7 @@ def test_damaged_end_of_full_precision_is_an_error_and_can_be_repeated(copied):
         pytest.raises(
             UserError,
             match="`run_dir` must have a sound checkpoint of step 8 in .* got one of step 4: "
-            "delete .*result.json and run scripts/train.py again",
+            "delete .*result.json and run compand train again",
         ),
     ):
         run(copied, progress=False)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-import report
 
+from compand_jax.experiments.commands import report
 from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import write_json
 from compand_jax.experiments.study.records import ROW

@@ -1,7 +1,8 @@
-"""What the scripts share: arguments, and mistakes of a user's in one line, with exit status 2."""
+"""What commands share: arguments, and mistakes of a user's in one line, with exit status 2."""
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -25,13 +26,26 @@ def parse(
 ) -> Config:
     """Returns the dataclass that the arguments give.
 
-    `--help` prints and exits, and so does what is wrong with them, with exit status 2.
+    `--help` prints and exits, and so does what is wrong with them, with exit status 2. A
+    description names scripts; where `compand` runs the command, it has the names of commands.
     """
+    program = sys.argv[0] if sys.argv[0].startswith("compand ") else None
+    if program and description:
+        description = of_commands(description)
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_from_text)
     options: dict[str, Any] = {} if default is None else {"default": default}
     with registry:
-        return tyro.cli(kind, args=list(args), description=description, **options)
+        return tyro.cli(kind, args=list(args), prog=program, description=description, **options)
+
+
+def of_commands(text: str) -> str:
+    """Returns a text with the names of commands in the place of the scripts'.
+
+    >>> of_commands("Usage: study.py PRESET")
+    'Usage: compand study PRESET'
+    """
+    return re.sub(r"\b(\w+)\.py\b", r"compand \1", text)
 
 
 def _from_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

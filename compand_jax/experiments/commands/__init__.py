@@ -1,0 +1,1 @@
+"""Command lines: each module is the command of its name, of `compand` and of `scripts/`."""
