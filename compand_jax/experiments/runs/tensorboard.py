@@ -11,6 +11,7 @@ from jaxtyping import Array
 from compand_jax.core.codebooks import codebook
 from compand_jax.core.quantizers import quantize
 from compand_jax.experiments.runs.stages import Stage
+from compand_jax.layers import parametrization as par
 from compand_jax.layers.sites import Site
 from compand_jax.layers.standardization import moments
 from compand_jax.layers.summary import site_weight
@@ -72,11 +73,11 @@ def _values(weight: Array) -> Buckets:
 
 
 def _levels(weight: Array, found: Mapping[str, Any], site: Site) -> Buckets:
-    spec, mu = site.spec("weight"), found["weight_mu"]
-    options: Any = {"bits": spec.bits, "grid": spec.grid}
+    spec = site.spec("weight")
+    mu = par.entry(found, "weight", spec)
     if site.weight_standardization:
         weight = weight - moments(weight)[0].astype(weight.dtype)
-    levels, thresholds = codebook(mu, jnp.ones(()), **options)
-    codes = quantize(weight, mu, found["weight_scale"], **options).astype(jnp.int32)
-    counts = jnp.bincount((codes + len(levels) // 2).ravel(), length=len(levels))
+    levels, thresholds = codebook(mu, jnp.ones(()), **spec.arguments)
+    codes = quantize(weight, mu, found["weight_scale"], **spec.arguments).astype(jnp.int32)
+    counts = jnp.bincount((codes - spec.code_range[0]).ravel(), length=len(levels))
     return Buckets(jnp.append(thresholds, levels[-1]), counts, levels, levels[0])
