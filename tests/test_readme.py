@@ -71,6 +71,25 @@ assert sorted(found) == ["down", "gate"] and z.shape == (32, 4)
 assert (frozen.apply(x) == logits).all()
 assert jnp.abs(jax.jit(qmodel.apply)(variables, x) - logits).max() < 1e-6 * logits.max()
 """,
+    "docs/learn_mu.md": """
+def mu(variables, site="layers_0"):
+    return qmodel.quantizers(variables)[site]["weight_mu"]
+
+assert mu(calibrated) == mu(calibrated, "layers_2") == mu(fixed)
+assert len({float(found["weight_mu"]) for found in learned.values()}) == 1
+assert learned["layers_0"]["weight_mu"] != mu(calibrated)
+kernels = [tree["params"]["layers_0"]["kernel"] for tree in (calibrated, fixed)]
+assert (kernels[0] != kernels[1]).any()
+grads = jax.tree.map(jnp.ones_like, calibrated)
+updates, _ = quantizers_alone.update(grads, quantizers_alone.init(calibrated), calibrated)
+assert not any(leaf.any() for leaf in jax.tree.leaves(updates["params"]))
+assert all(leaf.all() for leaf in jax.tree.leaves(updates["compand"]))
+""",
+    "docs/rules.md": """
+assert [qmodel.sites[name].weight_bits for name in ("stem", "block0", "head")] == [8, 3, 8]
+assert own.quantizer == "mu_law" and (own.grid, own.weight_granularity) == ("midrise", "channel")
+assert config.at("block1").quantizer == "uniform" and table.startswith("site")
+""",
     "docs/nnx.md": """
 assert set(found) == {"conv", "head"} and table.endswith("weights not quantized: none")
 assert jnp.isfinite(loss) and (qmodel.conv.kernel[...] != model.conv.kernel[...]).any()
