@@ -350,7 +350,6 @@ def test_histograms_add_up():
     assert (merged.maximum, merged.minimum) == (whole.maximum, whole.minimum)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("sizes", [(1e-30, 1.0, 3e-4), (7.0, 1e-3, 1e20), (0.0, 1e-25, 0.0)])
 def test_histograms_of_other_magnitudes_add_up(sizes):
     x = np.concatenate([np.float32(size) * source("bimodal", 500) for size in sizes])

@@ -8,8 +8,6 @@ import pytest
 
 import compand_jax as cj
 
-pytestmark = pytest.mark.quick
-
 
 def error(x, mu, scale, spec):
     """The mean squared error, in float64, by the oracle."""
@@ -37,6 +35,7 @@ def quantiles(source, n=200_001):
     return (np.sign(p - 0.5) * -b * np.log(2 * tail)).astype(np.float32)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("source", "bits", "grid", "mu", "scale", "mse"), OPTIMA)
 def test_optimum_of_known_sources(source, bits, grid, mu, scale, mse):
     x = quantiles(source)
@@ -83,6 +82,7 @@ def test_without_a_sign_negative_values_count_as_zero():
         assert best <= error(x, other_mu, other_scale, case)
 
 
+@pytest.mark.quick
 def test_mu_can_be_held():
     x = quantiles("normal", 20_001)
     mu, scale = cj.fit(x, bits=4, mu=0.0)
@@ -91,12 +91,14 @@ def test_mu_can_be_held():
     assert uniform == pytest.approx(0.012889 * np.mean(x.astype(np.float64) ** 2), rel=5e-3)
 
 
+@pytest.mark.quick
 def test_percentile():
     x = jnp.arange(1, 101, dtype=jnp.float32)
     _, scale = cj.fit(x, bits=4, calibration="percentile", percentile=90)
     assert float(scale) == pytest.approx(90, rel=2e-3)
 
 
+@pytest.mark.quick
 def test_types():
     x = np.linspace(-1, 1, 100)
     for dtype in (np.float64, np.float16, jnp.bfloat16):
@@ -104,6 +106,7 @@ def test_types():
         assert mu.dtype == scale.dtype == jnp.float32
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -125,11 +128,13 @@ def test_errors(arguments, error, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.quick
 def test_traced():
     with pytest.raises(TypeError, match="`x` must be an array with values, got a tracer: call fit"):
         jax.jit(lambda x: cj.fit(x, bits=4))(jnp.ones(3))
 
 
+@pytest.mark.quick
 @pytest.mark.quick
 def test_the_largest_numbers_have_a_finite_scale():
     mu, scale = cj.fit(jnp.array([1e38, 3e38], jnp.float32), bits=4)

@@ -56,7 +56,6 @@ MAKE = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("kind", MAKE)
 def test_models_that_differ_in_a_field_of_arrays(kind, tmp_path):
     x, models = normal(*X), [Fields(MAKE[kind](mean)) for mean in (MEAN, MEAN + 1, MEAN.copy())]

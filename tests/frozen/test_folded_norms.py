@@ -75,7 +75,6 @@ def test_the_same_to_rounding_without_the_norms_variables(name, tmp_path):
     np.testing.assert_array_equal(again.apply(x), found)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("leaves", ["scale", "bias", ""])
 def test_norms_without_scale_or_bias(leaves, tmp_path):
     options = (("use_scale", leaves == "scale"), ("use_bias", leaves == "bias"), ("epsilon", 0.3))
@@ -86,7 +85,6 @@ def test_norms_without_scale_or_bias(leaves, tmp_path):
     cj.load_frozen(tmp_path / "folded.safetensors", model)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("axis", [-1, 1, (-1,), (1,), [-1]])
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_a_folded_norm_by_hand(axis, granularity):
@@ -165,7 +163,6 @@ def test_stacked_norms_are_not_folded():
         cj.freeze(qmodel, drawn(qmodel, x), x, fold_norms=True)
 
 
-@pytest.mark.quick
 def test_in_evaluation_alone():
     qmodel, x = cj.quantize_model(NormedNet(), cj.QuantConfig()), normal(5, 4)
     variables = drawn(qmodel, x)

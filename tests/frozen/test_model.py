@@ -109,7 +109,6 @@ def test_many_levels_of_activations():
         frozen.weight("none")
 
 
-@pytest.mark.quick
 def test_the_gradient_to_the_input_is_that_of_the_weights():
     qmodel, x = cj.quantize_model(nn.Dense(3), cj.QuantConfig(act_bits=None)), normal(2, 4)
     frozen = cj.freeze(qmodel, drawn(qmodel, x), x)
@@ -118,7 +117,6 @@ def test_the_gradient_to_the_input_is_that_of_the_weights():
     assert not gradient[1].any()
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("fields", [{"weight_bits": None}, {"act_bits": None}])
 def test_one_operand_in_full_precision(fields):
     _, _, frozen = assert_frozen_equals(NormedNet(), cj.QuantConfig(**fields), normal(5, 4))
@@ -214,7 +212,6 @@ def test_computed_weights():
     np.testing.assert_array_equal(frozen.apply(x), expected)
 
 
-@pytest.mark.quick
 def test_a_frozen_model_is_its_own(tmp_path):
     x = normal(5, 4)
     qmodel = cj.quantize_model(NormedNet(), cj.QuantConfig(weight_granularity="channel"))

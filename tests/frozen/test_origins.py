@@ -52,7 +52,6 @@ KERNELS = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("make", KERNELS)
 def test_computed_weights_by_hand(make, trained, tmp_path):
@@ -176,7 +175,6 @@ class Dropped(nn.Module):
         return Given(4, name="made")(x, kernel)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("wrap", [lambda cls: cls, nn.remat, nn.jit])
 @pytest.mark.parametrize("make", [Dynamic, Dropped])
 def test_weights_that_are_no_constants_are_refused(make, wrap):
@@ -221,7 +219,6 @@ class Plain(nn.Module):
         return nn.Dense(3, name="_1_")(y)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("fold_norms", [False, True])
 def test_slashes_in_names(fold_norms, tmp_path):
     x, sizes = normal(5, 4), []

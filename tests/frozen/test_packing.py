@@ -35,7 +35,6 @@ def bits_of(codes, bits):
     return np.packbits(np.array(stream, np.uint8), bitorder="little")
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("bits", BITS)
 def test_packing_is_numpys(bits):
     for count in (0, 1, 2, 7, 8, 9, 16, 23, 40):

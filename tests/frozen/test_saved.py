@@ -46,7 +46,6 @@ TYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32",
          "float16", "float32", "float64")  # fmt: skip
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", TYPES)
 def test_inputs_of_numpys_types(dtype, tmp_path):
     x = np.arange(6).reshape(2, 3).astype(dtype)
@@ -71,7 +70,6 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("kind", ARGUMENTS)
 @pytest.mark.parametrize("by_name", [False, True])
 def test_arguments_of_any_kind_are_a_signature(kind, by_name, tmp_path):

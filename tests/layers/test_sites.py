@@ -190,7 +190,6 @@ def test_outputs_leave_inputs_alone_and_the_last_one():
     assert_same(qmodel.apply(variables, X), nn.Dense(3).apply({"params": params["second"]}, y))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("model", "last"), [(Twice(), "shared"), (Stack("scan"), "stack/dense")])
 def test_a_site_that_runs_last_has_no_output_quantizer(model, last):
     found = quantized(model, act_site="output").init(KEY, X)["compand"]

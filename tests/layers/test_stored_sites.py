@@ -13,7 +13,6 @@ from small_models import KEY, SetUp, Tokens, drawn, normal
 import compand_jax as cj
 
 pytestmark = [
-    pytest.mark.quick,
     pytest.mark.filterwarnings("ignore:the quantized model is not calibrated"),
 ]
 X = normal(5, 4)
@@ -40,6 +39,7 @@ def calibrated(**config):
     return qmodel.calibrate(drawn(SetUp(), X), [X], calibration="absmax")
 
 
+@pytest.mark.quick
 def test_sites_survive_json():
     sites = {
         "": cj.Site(4, None),
@@ -53,17 +53,20 @@ def test_sites_survive_json():
         assert list(map(hash, loaded.values())) == list(map(hash, sites.values()))
 
 
+@pytest.mark.quick
 def test_what_the_text_holds():
     text = cj.sites_to_json({"a": cj.Site(4, 8, "uniform", "midrise", (-2, -1), False, "output")})
     assert json.loads(text) == {"a": FIELDS | {"weight_standardization": False}}
 
 
+@pytest.mark.quick
 def test_sites_stored_before_there_was_standardization():
     site = cj.sites_from_json(json.dumps({"a": FIELDS}))["a"]
     assert site.act_site == "output"
     assert not site.weight_standardization
 
 
+@pytest.mark.quick
 def test_bits_may_be_numpys_integers():
     site = cj.Site(4, None)
     object.__setattr__(site, "weight_bits", np.int64(4))  # as without the tests' types
@@ -81,6 +84,7 @@ def test_a_model_by_its_stored_sites_is_the_same(granularity, act_site):
     np.testing.assert_array_equal(again.apply(variables, X), qmodel.apply(variables, X))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -104,6 +108,7 @@ def test_text_that_holds_no_sites(text, match):
         cj.sites_from_json(text)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_field_that_is_missing_or_unknown(name):
     fields = {key: value for key, value in FIELDS.items() if key != name}
@@ -114,6 +119,7 @@ def test_a_field_that_is_missing_or_unknown(name):
         cj.sites_from_json(json.dumps({"a": FIELDS | {"bias_bits": 8}}))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
@@ -146,6 +152,7 @@ def test_a_field_out_of_its_range_is_named_with_its_site(changed, match):
         cj.sites_from_json(json.dumps({"": FIELDS, "a/b": FIELDS | changed}))
 
 
+@pytest.mark.quick
 def test_what_are_no_sites():
     qmodel, _ = calibrated()
     text, config = cj.sites_to_json(qmodel.sites), qmodel.config
@@ -180,6 +187,7 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_a_config_that_contradicts_sites_is_refused(name):
     own, other, match = CONTRADICTIONS[name]
@@ -197,6 +205,7 @@ def test_a_config_that_contradicts_sites_is_refused(name):
         dataclasses.replace(qmodel, config=config)
 
 
+@pytest.mark.quick
 def test_what_says_nothing_about_sites_may_differ():
     qmodel, variables = calibrated()
     config = dataclasses.replace(qmodel.config, scale_gradient="lsq", mu_init=0.0, act_signed=True)
@@ -204,6 +213,7 @@ def test_what_says_nothing_about_sites_may_differ():
     np.testing.assert_array_equal(again.apply(variables, X), qmodel.apply(variables, X))
 
 
+@pytest.mark.quick
 def test_activations_that_were_not_calibrated():
     qmodel, _ = calibrated(act_bits=None)
     config = dataclasses.replace(qmodel.config, act_bits=3)
@@ -225,6 +235,7 @@ class LookUp(Tokens):
         return embed.attend(embed(ids)) if attend else embed(ids)
 
 
+@pytest.mark.quick
 def test_an_embedding_calibrated_by_its_look_up_is_not_attended_to():
     ids = jnp.arange(5, dtype=jnp.int32)
     qmodel = cj.quantize_model(LookUp(), cj.QuantConfig())

@@ -178,7 +178,6 @@ def test_however_a_batch_norm_is_called(how, train):
     np.testing.assert_allclose(found["batch_stats"]["norm"]["mean"], mean, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.quick
 def test_statistics_that_are_not_finite():
     qmodel, variables = quantized(NormedNet()), drawn(NormedNet(), X)
     batches = [np.float32(1e30) * X]  # whose variance is infinite

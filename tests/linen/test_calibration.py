@@ -208,7 +208,6 @@ def test_one_negative_value_in_the_last_batch_is_a_sign(last):
     assert qmodel.sites[""].act_signed == (last < 0)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("signed", [True, False])
 def test_signs_as_configured(signed):
     batches = [-jnp.abs(X), jnp.abs(X)] if not signed else [jnp.abs(X)]
@@ -253,7 +252,6 @@ def test_calibration_is_deterministic(model):
     assert_same(a[1], b[1], 0)
 
 
-@pytest.mark.quick
 def test_stored_sites_go_with_stored_variables():
     after, variables = calibrated(Rectified())
     sites = cj.sites_from_json(cj.sites_to_json(after.sites))

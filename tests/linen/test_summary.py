@@ -11,7 +11,6 @@ from small_models import NormedNet, SetUp, Stack, drawn, normal
 
 import compand_jax as cj
 
-pytestmark = pytest.mark.quick
 X = normal(5, 4)
 HEADER = [
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
@@ -35,6 +34,7 @@ def decibels(kernel, mu, scale, bits, grid="midtread"):
     return 10 * np.log10(np.sum(kernel**2) / np.sum((kernel - quantized) ** 2))
 
 
+@pytest.mark.quick
 def test_a_row_for_every_site():
     rules = (cj.Rule("second", weight_bits=2, grid="midrise", act_bits=None),)
     config = cj.QuantConfig(weight_bits=3, act_bits=5, rules=rules)
@@ -66,6 +66,7 @@ def test_a_row_for_every_site():
     assert acts == {"-"}
 
 
+@pytest.mark.quick
 def test_channels_are_a_range():
     config = cj.QuantConfig(weight_bits=3, weight_granularity="channel", quantizer="uniform")
     qmodel = cj.quantize_model(SetUp(), config)
@@ -93,6 +94,7 @@ def test_a_bare_layer_and_its_own_type(dtype):
     assert (row["bytes"], row["float32 bytes"]) == ("60000", "240000")
 
 
+@pytest.mark.quick
 def test_what_is_exact_has_no_noise():
     qmodel = cj.quantize_model(nn.Dense(2), cj.QuantConfig(quantizer="uniform", act_bits=None))
     params = {"kernel": jnp.asarray([[1.0, 0.0], [-1.0, 1.0]]), "bias": jnp.zeros(2)}
@@ -110,6 +112,7 @@ class Recurrent(nn.Module):
         return nn.Dense(3, name="head")(nn.LayerNorm()(x))
 
 
+@pytest.mark.quick
 def test_what_is_not_quantized_is_named():
     ids = jnp.arange(10, dtype=jnp.int32).reshape(2, 5) % 7
     rules = (cj.Rule("embed", weight_bits=None, act_bits=None),)
@@ -120,6 +123,7 @@ def test_what_is_not_quantized_is_named():
     assert set(left) == cell | {"embed/embedding"}
 
 
+@pytest.mark.quick
 def test_activations_alone():
     qmodel = cj.quantize_model(NormedNet(), cj.QuantConfig(weight_bits=None))
     rows, left = table(qmodel, drawn(qmodel, X))
@@ -150,6 +154,7 @@ class Heads(nn.Module):
         return LowRank(3, name="last")(x * table[None])
 
 
+@pytest.mark.quick
 def test_what_a_quantized_layer_multiplies_by_itself_is_named():
     qmodel = cj.quantize_model(LowRank(3), cj.QuantConfig())
     rows, left = table(qmodel, drawn(qmodel, X))
@@ -179,6 +184,7 @@ class Factors(nn.Module):
         return nn.Dense(3, parent=None).apply(merged({"params": parameters}), x)
 
 
+@pytest.mark.quick
 def test_what_a_weight_is_computed_from_is_not_named():
     qmodel = cj.quantize_model(Factors(), cj.QuantConfig())
     rows, left = table(qmodel, drawn(qmodel, X))
@@ -186,6 +192,7 @@ def test_what_a_weight_is_computed_from_is_not_named():
     assert left == ["none"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_a_stack_is_one_row(granularity):
     config = cj.QuantConfig(weight_bits=3, weight_granularity=granularity)
@@ -200,6 +207,7 @@ def test_a_stack_is_one_row(granularity):
     assert left == ["none"]
 
 
+@pytest.mark.quick
 def test_columns_line_up():
     qmodel = cj.quantize_model(SetUp(), cj.QuantConfig())
     lines = qmodel.summary(drawn(qmodel, X)).splitlines()[:-1]

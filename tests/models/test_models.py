@@ -199,7 +199,6 @@ def operands(shape, kernel, dtype=jnp.float32):
     return normal(shape, dtype), normal(kernel, dtype)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize(
     ("size", "taps", "padding"),
@@ -285,7 +284,6 @@ def test_converters_see_plain_convolutions():
     assert "platform_index" in str(jax.make_jaxpr(AlexNet().apply)(variables, x))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 def test_max_pool_is_linens(size):
     # Few distinct values, so that every kind of tie occurs in a window; and one NaN.

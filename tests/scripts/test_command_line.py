@@ -266,7 +266,6 @@ def wanted_defaults(config):
                 yield name, plain(getattr(part, field.name))
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", ["digits", "vgg19-cifar100"])
 def test_help_names_every_field_its_unit_and_its_default(name):
     wide = os.environ | {"COLUMNS": "90", "PYTHONIOENCODING": "utf-8"}

@@ -74,7 +74,6 @@ def test_stablehlo_runs_without_this_library(tmp_path):
     assert data_set == "digits"
 
 
-@pytest.mark.quick
 def test_files_that_cannot_be_run(tmp_path):
     for suffix, message in {
         "stablehlo": "`path` must be a StableHLO file",
