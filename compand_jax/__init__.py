@@ -30,8 +30,8 @@ from compand_jax.layers.parametrization import scale_from_rho as scale_from_rho
 from compand_jax.layers.parametrization import theta_from_mu as theta_from_mu
 from compand_jax.layers.partition import partition_optimizer as partition_optimizer
 from compand_jax.layers.sites import Site as Site
-from compand_jax.layers.sites import sites_from_json as sites_from_json
-from compand_jax.layers.sites import sites_to_json as sites_to_json
+from compand_jax.layers.stored_sites import sites_from_json as sites_from_json
+from compand_jax.layers.stored_sites import sites_to_json as sites_to_json
 from compand_jax.layers.transition_rate import (
     scale_by_transition_rate as scale_by_transition_rate,
 )

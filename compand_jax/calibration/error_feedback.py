@@ -36,7 +36,7 @@ def round_with_feedback(
     rows: Float[Array, "rows n"],
     moments: Float[Array, "n n"],
     mu: Float[Array, "..."],
-    scales: Float[Array, "rows"],
+    scales: Float[Array, "rows"] | Float[Array, "rows n"],
     spec: Spec,
 ) -> Float[Array, "rows n"]:
     """Returns levels for the weights, chosen so that the layer's output changes little.
@@ -45,13 +45,14 @@ def round_with_feedback(
       rows: the weights, a row an output feature.
       moments: H = sum_t x_t x_t^T of the inputs, by any factor.
       mu: curvature, at least 0, or the parameters of another family.
-      scales: clip of each row, in the units of the weights.
+      scales: clip of each row, or of each weight, in the units of the weights. It is held fixed.
       spec: the quantizer.
 
     Returns:
       Values that the quantizer leaves as they are: of each row those with feedback, or Q(rows)
       where that changes the output less, as it may with few inputs.
     """
+    scales = scales[:, None] if scales.ndim == 1 else scales
     diagonal = jnp.diagonal(moments)
     order = jnp.argsort(-diagonal)
     damped = moments[order][:, order]
@@ -63,9 +64,10 @@ def round_with_feedback(
     identity = jnp.eye(len(moments), dtype=moments.dtype)
     upper = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)[::-1, ::-1]
 
-    rounded = _round_in_blocks(rows[:, order].T, upper, mu, scales, spec).T
+    own = scales if scales.shape[1] == 1 else scales[:, order]
+    rounded = _round_in_blocks(rows[:, order].T, upper, mu, own.T, spec).T
     p = None if spec.family.parameter is None else mu
-    plain = fake_quantize(rows, p, scales[:, None], **spec.arguments)
+    plain = fake_quantize(rows, p, scales, **spec.arguments)
     rounded = rounded[:, jnp.argsort(order)]
 
     def output_error(quantized: Array) -> Array:
@@ -79,7 +81,7 @@ def _round_in_blocks(
     columns: Float[Array, "n rows"],
     upper: Float[Array, "n n"],
     mu: Float[Array, "..."],
-    scales: Float[Array, "rows"],
+    scales: Float[Array, "n_or_1 rows"],
     spec: Spec,
 ) -> Float[Array, "n rows"]:
     """Returns levels, what is left to be rounded being updated after each block of inputs.
@@ -91,26 +93,29 @@ def _round_in_blocks(
     rest = -n % block
     # An input more, whose factors are all zero, changes nothing.
     columns = jnp.pad(columns, ((0, rest), (0, 0)))
+    scales = jnp.pad(jnp.broadcast_to(scales, (n, columns.shape[1])), ((0, rest), (0, 0)), "edge")
     factors = jnp.pad(upper / jnp.diagonal(upper)[:, None], ((0, rest), (0, rest)))
-    # Outside of the loop, so that it is made once.
-    levels, thresholds = half_table(mu, scales, spec)
+    # Outside of the loop, so that it is made once. A table of any scale is its multiple.
+    levels, thresholds = half_table(mu, jnp.ones((), mu.dtype), spec)
     side = "right" if spec.midrise else "left"  # at a tie: the outer level, or the inner one
 
-    def quantize(column: Array) -> Array:
+    def quantize(column: Array, scale: Array) -> Array:
         count = functools.partial(jnp.searchsorted, side=side, method="scan_unrolled")
         magnitude = jnp.abs(column) if spec.signed else jnp.maximum(column, 0)
-        level = take(levels, jax.vmap(count)(thresholds, magnitude))
+        own = scale[:, None] * thresholds[None]
+        level = scale * take(levels, jax.vmap(count)(own, magnitude))
         return jnp.where(column < 0, 0 - level, level)
 
     def round_block(b: Array, columns: Array) -> Array:
         start = b * block
         own = lax.dynamic_slice_in_dim(columns, start, block)
+        own_scales = lax.dynamic_slice_in_dim(scales, start, block)
         onward = lax.dynamic_slice_in_dim(factors, start, block)
         within = lax.dynamic_slice_in_dim(onward, start, block, 1)
 
         def round_next(k: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
             own, errors = state
-            quantized = quantize(own[k])
+            quantized = quantize(own[k], own_scales[k])
             error = own[k] - quantized
             own = own - within[k][:, None] * error[None]
             return own.at[k].set(quantized), errors.at[k].set(error)

@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from compand_jax.calibration.gap_search import fit_gaps, has_gaps
-from compand_jax.calibration.samples import sample_from_weights
+from compand_jax.calibration.samples import Sample, sample_from_weights
 from compand_jax.calibration.search import COARSE, FEW_PRODUCTS, FINE, MU_MAX, Fit, Group, Search
 from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.core.families.base import Compander, Gaps
@@ -35,6 +35,9 @@ _OF_ARRAYS = tuple(name for name in CALIBRATIONS if name != "output")
 # layer's outputs weigh its inputs alike, and a kernel of 2048 x 2048 takes 2^33.
 _MANY_PRODUCTS = 2**30
 _ENOUGH_PRODUCTS = 2**28
+# Rows that are too short to look at some of their values, as groups of inputs are.
+_SHORT_ROW = 2 * COARSE.values
+_MANY_VALUES, _ENOUGH_VALUES = 2**17, 2**16
 
 
 def fit_groups(
@@ -56,7 +59,8 @@ def fit_groups(
         held, spec = group.mu is not None, group.specs[0]
         few = sum(sample.products for sample in group.samples) <= FEW_PRODUCTS
         family = spec.family, spec.family.shape(spec)
-        kinds.setdefault((held, few, not held and _has_many(group), family), []).append(i)
+        many = not held and _has_many(group, percent)
+        kinds.setdefault((held, few, many, family), []).append(i)
     fits: dict[int, Fit] = {}
     for (held, few, many, _), chosen in kinds.items():
         own = [groups[i] for i in chosen]
@@ -79,9 +83,19 @@ def _with_start(group: Group) -> Group:
     return group._replace(mu=spec.family.start(spec))
 
 
-def _has_many(group: Group) -> bool:
-    """Whether a search in all rows takes too long."""
-    return any(not one.counted and one.products > _MANY_PRODUCTS for one in group.samples)
+def _has_many(group: Group, percent: float | None) -> bool:
+    """Whether a search in all rows takes too long; it does not where scales are not searched."""
+    return any(
+        percent is None and _has_many_short_rows(one)
+        if one.counted
+        else one.products > _MANY_PRODUCTS
+        for one in group.samples
+    )
+
+
+def _has_many_short_rows(sample: Sample) -> bool:
+    short = len(sample.absmax) > 1 and sample.values.shape[1] < _SHORT_ROW
+    return short and sample.values.size > _MANY_VALUES
 
 
 def _fits_by_some_rows(groups: Sequence[Group]) -> list[Fit]:
@@ -92,7 +106,10 @@ def _fits_by_some_rows(groups: Sequence[Group]) -> list[Fit]:
     some = [
         group._replace(
             samples=[
-                one if one.counted else one.some_rows(_ENOUGH_PRODUCTS) for one in group.samples
+                one
+                if one.histogram
+                else one.some_rows(_ENOUGH_VALUES if one.counted else _ENOUGH_PRODUCTS)
+                for one in group.samples
             ]
         )
         for group in groups

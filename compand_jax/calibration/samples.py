@@ -94,7 +94,7 @@ class Sample(NamedTuple):
 
     def some_rows(self, products: int) -> "Sample":
         """Returns every k-th row of each group, at least 16, for about so many products at most."""
-        groups = len(self.weights)
+        groups = 1 if self.counted else len(self.weights)
         rows = len(self.values) // groups
         stride = max(min(rows // 16, -(-self.products // products)), 1)
 
@@ -104,7 +104,8 @@ class Sample(NamedTuple):
                 return x
             return x.reshape(groups, rows, *x.shape[1:])[:, ::stride].reshape(-1, *x.shape[1:])
 
-        return Sample(some(self.values), self.weights, some(self.absmax), some(self.unit))
+        weights = some(self.weights) if self.counted else self.weights
+        return Sample(some(self.values), weights, some(self.absmax), some(self.unit))
 
     def per_scale(self, products: Float[Array, "rows n"]) -> Float[Array, "scales"]:
         """Returns the sums over what each scale has to do with."""

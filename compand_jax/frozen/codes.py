@@ -9,7 +9,9 @@ from compand_jax.core.quantizers import quantize
 from compand_jax.frozen.packing import pack
 from compand_jax.frozen.tree import WEIGHT_TYPES
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.groups import grouped, packed_scales
 from compand_jax.layers.layer_quantizer import given
+from compand_jax.layers.sites import Site
 from compand_jax.layers.standardization import moments
 
 
@@ -38,21 +40,22 @@ def check_weight(name: str, weight: Array) -> None:
         )
 
 
-def pack_weight(
-    weight: Array, mu: Array, scale: Array, spec: Spec, standardized: bool = False
-) -> dict[str, Array]:
+def pack_weight(weight: Array, mu: Array, scale: Array, site: Site) -> dict[str, Array]:
     """Returns a weight's "codes", its "levels", and its "scales" where it has several.
+
+    With the scales comes their "scale_units", where they are multiples of it.
 
     Args:
       weight: As the layer multiplies it, or a stack of such.
       mu: A scalar, or another family's parameters.
       scale: A scalar, or of the weight's rank, without a stack's axes.
-      spec: Of its levels.
-      standardized: Whether the levels lie around the weight's mean, not around zero.
+      site: What is static about it. Where it is standardized, levels lie around its mean.
     """
-    mean = _mean(weight) if standardized else None
+    spec = site.spec("weight")
+    mean = _mean(weight) if site.weight_standardization else None
     if mean is not None:
         weight = weight.astype(mean.dtype) - mean
+    weight = grouped(weight, scale.shape, site.group_size)
     stacked = weight.ndim - scale.ndim if scale.ndim else 0  # scan and vmap stack in front
     own = scale.reshape((1,) * stacked + scale.shape)
     codes = quantize(weight, given(mu, spec), own, **spec.arguments)
@@ -63,7 +66,10 @@ def pack_weight(
         levels = levels + mean
     indices = (codes.astype(jnp.int32) + spec.steps).astype(jnp.uint8)  # in the ascending table
     packed = {"codes": pack(indices, spec.bits), "levels": levels}
-    return packed | {"scales": scale} if scale.ndim else packed
+    if not scale.ndim:
+        return packed
+    stored, unit = packed_scales(scale, site.scale_dtype, tuple(range(-scale.ndim, 0)))
+    return packed | {"scales": stored} | ({} if unit is None else {"scale_units": unit.reshape(())})
 
 
 @jax.jit

@@ -25,9 +25,10 @@ from compand_jax.frozen.tree import (
     FrozenWeight,
     split_path,
 )
-from compand_jax.layers.config import ACT_SITES
+from compand_jax.layers.config import ACT_SITES, SCALE_DTYPES
 
 _FIELDS = {"act_site", "signature", "sites", "variables", "info"}
+_LATER = {"group_size": None, "scale_dtype": "float32"}
 ENCODINGS = ("packed", "zlib")
 
 _MAX_DEPTH = 64
@@ -72,13 +73,26 @@ def to_file(
             "initial": signature.initial,
         },
         "sites": {
-            name: {"encoding": encodings.get(name, "packed"), **dataclasses.asdict(site)}
+            name: {"encoding": encodings.get(name, "packed"), **_site_fields(site)}
             for name, site in sites.items()
         },
         "variables": {name: x.dtype.name for name, x in host["variables"].items()},
     }
-    named = {f"{kind}/{name}": x for kind, found in host.items() for name, x in found.items()}
-    return description, {name: _as_stored(x) for name, x in named.items()}
+    stored = {
+        f"{kind}/{name}": np.asarray(x) if kind == "scales" else _as_stored(x)
+        for kind, found in host.items()
+        for name, x in found.items()
+    }
+    return description, stored
+
+
+def _site_fields(site: FrozenSite) -> dict[str, Any]:
+    """Returns a site's fields; those of weights that the first files had not only where needed."""
+    fields = dataclasses.asdict(site)
+    for name, default in _LATER.items():
+        if fields["weight"] and fields["weight"][name] == default:
+            del fields["weight"][name]
+    return fields
 
 
 def _deflated(data: bytes) -> bytes:
@@ -152,6 +166,7 @@ def _from_file(
         ("codes", weights.keys()),
         ("levels", weights.keys()),
         ("scales", {name for name, weight in weights.items() if weight.scale_shape}),
+        ("scale_units", {name for name, w in weights.items() if w.scale_dtype == "uint8"}),
         ("shifts", norms.keys()),
         ("act_levels", with_act),
         ("act_thresholds", with_act),
@@ -184,6 +199,7 @@ def _site(name: str, fields: Any) -> FrozenSite:
 
 def _weight(name: str, fields: Any) -> FrozenWeight:
     keys = {field.name for field in dataclasses.fields(FrozenWeight)}
+    fields = _LATER | fields if isinstance(fields, dict) else fields
     _require(isinstance(fields, dict) and fields.keys() == keys, f"other fields of weight {name!r}")
     _check_bits(name, fields["bits"], True, fields["grid"])
     _require(fields["dtype"] in WEIGHT_TYPES, f"an unknown type of weight {name!r}")
@@ -199,12 +215,11 @@ def _weight(name: str, fields: Any) -> FrozenWeight:
         optional = key == "leaf_shape" and shape is None
         _require(optional or is_shape(shape), f"no {key} of weight {name!r}")
         shapes[key] = tuple(shape or ()) if not optional else None
+    size = fields["group_size"]
+    _require(size is None or (type(size) is int and size > 0), f"no group size of weight {name!r}")
+    _require(fields["scale_dtype"] in SCALE_DTYPES, f"an unknown scale_dtype of weight {name!r}")
     weight = FrozenWeight(**(fields | shapes))
-    stacked = len(weight.shape) - len(weight.scale_shape)
-    fits = stacked >= 0 and all(
-        n in (1, size) for n, size in zip(weight.scale_shape, weight.shape[stacked:], strict=True)
-    )
-    _require(fits or not weight.scale_shape, f"scales of another shape than weight {name!r}")
+    _require(weight.scales_fit, f"scales of another shape than weight {name!r}")
     return weight
 
 
@@ -252,11 +267,16 @@ def _check_tables(name: str, weight: FrozenWeight, arrays: Arrays) -> None:
     _require(own, f"a table of another size in site {name!r}")
     _check_ascending(name, levels)
     # A batch norm that is folded gives each of the layer's features a scale and a shift.
-    features = (math.prod(weight.scale_shape),)
-    for kind, shape in (("scales", (*stack, *weight.scale_shape)), ("shifts", features)):
+    features = weight.scale_shape[-1:] if weight.group_size else (math.prod(weight.scale_shape),)
+    scales = (*stack, *weight.scale_shape), weight.scale_dtype
+    for kind, shape, dtype in (
+        ("scales", *scales),
+        ("scale_units", stack, "float32"),
+        ("shifts", features, "float32"),
+    ):
         if (x := arrays[kind].get(name)) is not None:
             _require(x.shape == shape, f"{kind} of another shape in site {name!r}")
-            _check_finite(name, kind, x)
+            _check_finite(name, kind, x, dtype)
 
 
 def _check_codebook(
@@ -282,9 +302,9 @@ def _check_ascending(name: str, table: np.ndarray) -> None:
     _require(ascending, f"a table that is not in ascending order in site {name!r}")
 
 
-def _check_finite(name: str, what: str, x: np.ndarray) -> None:
-    finite = x.dtype == np.float32 and np.all(np.isfinite(x))
-    _require(finite, f"{what} not of finite float32 in site {name!r}")
+def _check_finite(name: str, what: str, x: np.ndarray, dtype: str = "float32") -> None:
+    finite = x.dtype == dtype and np.all(np.isfinite(x))
+    _require(finite, f"{what} not of finite {dtype} in site {name!r}")
 
 
 def _check_paths(weights: Mapping[str, FrozenWeight], variables: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from compand_jax.frozen.packing import (
     unpack,
 )
 from compand_jax.frozen.tree import Arrays, FrozenSite, FrozenWeight, Path, nested, split_path
+from compand_jax.layers.groups import expanded_scales, grouped
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.parametrization import get_leaf
 from compand_jax.linen.interception import intercept_layers
@@ -87,7 +88,7 @@ class Weights:
         """Returns the levels of a site's codes, or of those of one layer of a stack."""
         weight = self.sites[site].weight
         assert weight is not None
-        levels, scales = self.arrays["levels"][site], self.arrays["scales"].get(site)
+        levels, scales = self.arrays["levels"][site], scales_of(self.arrays, site)
         return expand_codes(weight, codes, levels, scales, selections=selections)
 
     def shifts(self) -> dict[str, Array]:
@@ -224,8 +225,16 @@ def expand_codes(
     """
     values = expand(codes, levels, selections=selections)
     if scales is not None:
-        values *= scales.reshape((1,) * (codes.ndim - scales.ndim) + scales.shape)
-    return values.astype(weight.dtype)
+        values = grouped(values, scales.shape, weight.group_size)
+        values *= scales.reshape((1,) * (values.ndim - scales.ndim) + scales.shape)
+    return values.reshape(codes.shape).astype(weight.dtype)
+
+
+def scales_of(arrays: Arrays, site: str, default: Any = None) -> Any:
+    """Returns what a site's levels are multiplied with, float32; the default for nothing."""
+    if site not in arrays["scales"]:
+        return default
+    return expanded_scales(arrays["scales"][site], arrays["scale_units"].get(site))
 
 
 def quantize_activation(

@@ -27,7 +27,7 @@ VERSION = 2
 MAX_HEADER = 8 * 2**20
 """Bytes that a header may have: some ten thousand arrays."""
 
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I32": 4, "U32": 4, "F32": 4}
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I32": 4, "U32": 4, "F16": 2, "F32": 4}
 _ZEROS = b"0" * 64
 _SEAL = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _CHUNK = 2**20
@@ -44,7 +44,7 @@ def write_sealed(
     Args:
       path: Of the file.
       description: What JSON can hold.
-      arrays: By name; of bool, uint8, int32, uint32 or float32.
+      arrays: By name; of bool, uint8, int32, uint32, float16 or float32.
       check: Called with the path of the written file before it takes its place; what it raises
         leaves things as they were.
 

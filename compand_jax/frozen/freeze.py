@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from compand_jax.frozen.check import initial_shapes, line, run_abstractly
 from compand_jax.frozen.codes import act_tables, check_weight, pack_weight, require_layers
-from compand_jax.frozen.expansion import Weights
+from compand_jax.frozen.expansion import Weights, scales_of
 from compand_jax.frozen.folded_norms import NORM_LEAVES, Norm, foldable_norms
 from compand_jax.frozen.model import FrozenModel, make_frozen
 from compand_jax.frozen.observed_call import ObservedLinen
@@ -164,8 +164,8 @@ def _freeze_linen(
             sites[name] = dataclasses.replace(found, act_bits=spec.bits, act_signed=spec.signed)
             continue
         source = sources[name]
-        standardized = qmodel.site(name).weight_standardization
-        for kind, x in pack_weight(source.value, mu, scale, spec, standardized).items():
+        site = qmodel.site(name)
+        for kind, x in pack_weight(source.value, mu, scale, site).items():
             arrays[kind][name] = x
         own = None if source.leaf is None else rest.pop(source.leaf)
         computed = own if source.computed else None
@@ -178,6 +178,8 @@ def _freeze_linen(
             None if source.leaf is None else join_path(source.leaf),
             None if computed is None else computed.shape,
             None if computed is None else computed.dtype.name,
+            group_size=site.group_size,
+            scale_dtype=site.scale_dtype if scale.ndim else "float32",
         )
         sites[name] = dataclasses.replace(found, weight=weight)
     _fold(sites, arrays, rest, norms)
@@ -303,13 +305,17 @@ def _fold(
                 f"`variables` must be finite, batch norm {norm.name!r} is not: give those from "
                 "before training diverged"
             )
-        shape = [1] * len(weight.shape)
+        shape = [1] * (len(weight.shape) if weight.group_size is None else 3)
         shape[norm.axis] = factor.size
-        own = np.asarray(arrays["scales"].get(name, 1), np.float64)
+        own = np.asarray(scales_of(arrays, name, 1), np.float64)
+        arrays["scale_units"].pop(name, None)
         arrays["scales"][name] = (own * factor.reshape(shape)).astype(np.float32)
         arrays["shifts"][name] = (bias - factor * mean).astype(np.float32)
         path = _own(rest, name, ("bias",))
         if path is not None:
             rest[path] = (np.asarray(rest[path], np.float64) * factor).astype(np.float32)
-        weight = dataclasses.replace(weight, scale_shape=tuple(shape), norm=norm.name)
+        shape = np.shape(arrays["scales"][name])
+        weight = dataclasses.replace(
+            weight, scale_shape=shape, norm=norm.name, scale_dtype="float32"
+        )
         sites[name] = dataclasses.replace(sites[name], weight=weight)

@@ -13,8 +13,8 @@ from compand_jax.frozen.tree import Arrays, FrozenSite
 from compand_jax.layers.summary import align
 
 _HEADER = ("site", "shape", "bits", "packed bytes", "table bytes", "entropy bits", "ideal bytes",
-           "float32 bytes", "ratio")  # fmt: skip
-_TABLES = ("levels", "scales")
+           "float32 bytes", "ratio", "bits/weight")  # fmt: skip
+_TABLES = ("levels", "scales", "scale_units")
 
 
 def entropy(codes: UInt8[np.ndarray, "..."]) -> float:
@@ -63,6 +63,8 @@ def _row(
 ) -> tuple[str, ...]:
     packed, tables, ideal, full = (int(size) for size in sizes)
     ratio = f"{full / (packed + tables):.2f}" if packed + tables and full else "-"
+    # float32 bytes are four for each weight.
+    per_weight = f"{32 * (packed + tables) / full:.3g}" if bits and full else "-"
     return (
         name,
         shape,
@@ -73,4 +75,5 @@ def _row(
         str(ideal),
         str(full),
         ratio,
+        per_weight,
     )

@@ -22,12 +22,16 @@ class FrozenWeight:
       shape: Of the codes: the weight's, stacked as scan or vmap stack it.
       dtype: Of the weight that the layer multiplies.
       scale_shape: Of what the table's levels are multiplied with: () for nothing, else the
-        weight's shape, with 1 along the axes that share a scale.
+        weight's shape, with 1 along the axes that share a scale; (r, 1, b) with groups.
       leaf: The variable that is left out, its path joined by `join_path`; None where none is.
       leaf_shape: Of that variable, where the weight is computed from it (WeightNorm); None where
         the codes take its place.
       leaf_dtype: Likewise.
       norm: Path of the batch norm that is folded into the weight, if one is, as `leaf`'s.
+      group_size: How many inputs share a scale, g: the weight is [r, g, b] for its scales. None
+        where the scales are of the weight's own shape.
+      scale_dtype: What the scales are stored in: "float32", "float16", or "uint8", multiples of
+        one unit.
     """
 
     bits: int
@@ -39,11 +43,27 @@ class FrozenWeight:
     leaf_shape: tuple[int, ...] | None = None
     leaf_dtype: str | None = None
     norm: str | None = None
+    group_size: int | None = None
+    scale_dtype: str = "float32"
 
     @property
     def computed(self) -> bool:
         """Whether the weight does not come from the place of a variable."""
         return self.leaf is None or self.leaf_shape is not None
+
+    @property
+    def scales_fit(self) -> bool:
+        """Whether the scales are of a shape that goes with the codes'."""
+        scales, size = self.scale_shape, self.group_size
+        if size is not None:
+            own = size * math.prod(scales)
+            whole = self.size == own or (own > 0 and self.size % own == 0)
+            return len(scales) == 3 and scales[1] == 1 and whole
+        if not scales:
+            return self.scale_dtype == "float32"
+        stacked = len(self.shape) - len(scales)
+        pairs = zip(scales, self.shape[max(stacked, 0) :], strict=False)
+        return stacked >= 0 and all(n in (1, own) for n, own in pairs)
 
     @property
     def size(self) -> int:
@@ -71,14 +91,15 @@ Arrays = dict[str, dict[str, Any]]
 
     codes           site -> uint8 [bytes], packed
     levels          site -> float32 [levels], ascending
-    scales          site -> float32, what the levels are multiplied with, in the weight's rank
+    scales          site -> what the levels are multiplied with, as `scale_shape` says
+    scale_units     site -> float32, what scales of uint8 are multiples of
     shifts          site -> float32 [features], what is left of a folded batch norm
     act_levels      site -> float32 [levels], ascending
     act_thresholds  site -> float32 [levels - 1], between them
     variables       path -> what stays in full precision, the path joined by `join_path`
 
 Where each layer of a stack has its own, as in NNX, its axes are in front of levels, scales,
-act_levels and act_thresholds; codes are those of the whole stack.
+scale_units, act_levels and act_thresholds; codes are those of the whole stack.
 """
 
 TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")
@@ -86,7 +107,10 @@ TYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "uint8", "bool")
 
 WEIGHT_TYPES = TYPES[:3]
 
-KINDS = ("codes", "levels", "scales", "shifts", "act_levels", "act_thresholds", "variables")
+KINDS = (
+    "codes", "levels", "scales", "scale_units", "shifts", "act_levels", "act_thresholds",
+    "variables",
+)  # fmt: skip
 
 
 def join_path(path: Path) -> str:

@@ -14,6 +14,7 @@ from compand_jax.core.spec import GRIDS, ONE_BIT_REMEDY, check_spec
 
 MU_SCOPES = ("single", "separate", "per_layer")
 GRANULARITIES = ("tensor", "channel")
+SCALE_DTYPES = ("float32", "float16", "uint8")
 ACT_SITES = ("input", "output")
 GRADIENTS = ("plain", "lsq")
 CONTRACTIONS = ("layers", "parameters", "all")
@@ -45,6 +46,25 @@ def check_acts(bits: Any, signed: bool | None) -> None:
         _named("act_bits", "act_signed=False", check_spec, bits, bool(signed), "midtread")
 
 
+def check_group_size(name: str, size: Any) -> None:
+    """Raises ValueError where this is no number of inputs that can share a scale."""
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+        raise ValueError(
+            f"`{name}` must be a number of inputs, 1 at least, got {size!r}: 64 gives every 64 "
+            "inputs a scale"
+        )
+
+
+def _check_granularity(config: Any, *more: str) -> None:
+    """Raises ValueError where a granularity is none; makes NumPy's integers Python's."""
+    value = config.weight_granularity
+    if isinstance(value, numbers.Real):
+        check_group_size("weight_granularity", value)
+        object.__setattr__(config, "weight_granularity", int(value))
+    else:
+        require_choice("weight_granularity", value, (*more, *GRANULARITIES))
+
+
 def _check_standardization(value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(
@@ -74,7 +94,7 @@ class Rule:
       act_bits: Bits per activation, 1 to 8. None is full precision.
       quantizer: As in `QuantConfig`.
       grid: The weights' grid, "midtread" or "midrise".
-      weight_granularity: "tensor" or "channel".
+      weight_granularity: "tensor", "channel", or a group size.
       weight_standardization: True or False.
 
     Raises:
@@ -89,7 +109,7 @@ class Rule:
     act_bits: int | Inherit | None = INHERIT
     quantizer: str = INHERIT
     grid: str = INHERIT
-    weight_granularity: str = INHERIT
+    weight_granularity: str | int = INHERIT
     weight_standardization: bool | Inherit = INHERIT
 
     def __post_init__(self) -> None:
@@ -102,9 +122,9 @@ class Rule:
         for name, choices in (
             ("quantizer", family_names()),
             ("grid", GRIDS),
-            ("weight_granularity", GRANULARITIES),
         ):
             require_choice(name, getattr(self, name), (INHERIT, *choices))
+        _check_granularity(self, INHERIT)
         if self.weight_standardization != INHERIT:
             _check_standardization(self.weight_standardization)
         # The grid that a rule's bits go with may be the config's, which checks them together.
@@ -128,7 +148,11 @@ class QuantConfig:
       quantizer: The family of levels, which learns a scale and: "mu_law", mu; "uniform" nothing;
         "power", an exponent; "normal_float" and "apot", nothing; "piecewise", 16 slopes; "free",
         every level. `register_quantizer` adds others.
-      weight_granularity: "tensor" gives a kernel one scale, "channel" one per output channel.
+      weight_granularity: "tensor" gives a kernel one scale, "channel" one per output channel. A
+        number, such as 64, gives each output channel one per so many inputs that follow each other
+        in memory; it divides their number. Inputs are the axes that are summed over: of a
+        convolution its input channels, at each place of the window; of an Embed the features, as
+        in its `attend`.
       grid: The weights' grid. "midtread" has a level at zero, "midrise" has none. Activations are
         always midtread.
       act_site: Which activations are quantized: each layer's "input", or its "output" before the
@@ -144,6 +168,9 @@ class QuantConfig:
         gradients. Its scale then counts standard deviations. It takes one scale to a weight. As
         APoT, LCQ and nuLSQ do it, but that they leave out the mean, which a network that was
         trained with it cannot spare.
+      scale_dtype: What the scales of a weight are stored in, where it has several: "float32",
+        "float16", or "uint8", multiples of one further scale. The model computes with the rounded
+        ones, so that a frozen one does the same.
       mu_init: The mu that `init` sets, 0 to 255. Calibration replaces it. Other families start
         with uniform levels.
       contractions: What is a site beside Flax's own layers. "layers": nothing else. "parameters":
@@ -165,13 +192,14 @@ class QuantConfig:
     act_bits: int | None = 4
     mu_scope: str = "per_layer"
     quantizer: str = "mu_law"
-    weight_granularity: str = "tensor"
+    weight_granularity: str | int = "tensor"
     grid: str = "midtread"
     act_site: str = "input"
     act_signed: bool | None = None
     scale_gradient: str = "plain"
     mu_gradient: str = "plain"
     weight_standardization: bool = False
+    scale_dtype: str = "float32"
     mu_init: float = 2.0
     contractions: str = "layers"
     rules: tuple[Rule, ...] = ()
@@ -180,13 +208,14 @@ class QuantConfig:
         for name, choices in (
             ("mu_scope", MU_SCOPES),
             ("quantizer", family_names()),
-            ("weight_granularity", GRANULARITIES),
             ("act_site", ACT_SITES),
             ("scale_gradient", GRADIENTS),
             ("mu_gradient", GRADIENTS),
+            ("scale_dtype", SCALE_DTYPES),
             ("contractions", CONTRACTIONS),
         ):
             require_choice(name, getattr(self, name), choices)
+        _check_granularity(self)
         check_weights(self.weight_bits, self.grid, self.quantizer)
         if self.mu_scope != "per_layer" and not family_of(self.quantizer).is_shared:
             raise ValueError(

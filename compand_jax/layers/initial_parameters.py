@@ -10,6 +10,7 @@ from jaxtyping import Array
 from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.groups import grouped
 from compand_jax.layers.observation import Observer
 from compand_jax.layers.parameters import first_rho
 from compand_jax.layers.sites import first_spec, sites_from_observers
@@ -41,7 +42,11 @@ def initial_parameters(
             else:
                 own, shape = site_weight(params, name), observer.weight_shapes[name]
                 weights = observer.values("weight", name) or [_unstacked(own, shape)]
-                absmax = [_absmax(jnp.asarray(w), site.scale_axes) for w in weights]
+                of_layer = site.scale_shape(shape)
+                absmax = [
+                    _absmax(grouped(jnp.asarray(w), of_layer, site.group_size), site.scale_axes)
+                    for w in weights
+                ]
             scale = functools.reduce(jnp.maximum, absmax)
             of_zeros = 0.0
             if operand == "weight":

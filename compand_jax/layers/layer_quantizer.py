@@ -13,6 +13,7 @@ from compand_jax.core.quantizers import fake_quantize
 from compand_jax.core.spec import Spec
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.groups import group_scale_shape, grouped, has_groups, require_divides
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.sites import Site, require_real
 from compand_jax.layers.standardization import in_weights_units, moments
@@ -59,7 +60,7 @@ class LayerQuantizer:
     def weight(self, layer: Layer, weight: Array) -> Array:
         """Returns a layer's quantized weight."""
         self.visited.add(layer.site)
-        self._check_granularity(layer)
+        self._check_granularity(layer, weight.shape)
         return self._quantize(layer.site, "weight", weight)
 
     def output(self, layer: Layer, output: Array) -> Array:
@@ -76,12 +77,18 @@ class LayerQuantizer:
                 "this method"
             )
 
-    def _check_granularity(self, layer: Layer) -> None:
+    def _check_granularity(self, layer: Layer, shape: tuple[int, ...]) -> None:
         rho = par.get_leaf(self._compand, par.scale_path(layer.site, "weight"))
         granularity = self._config.at(layer.site).weight_granularity
-        if rho is None or not layer.channel_axes:
+        if rho is None or not (layer.channel_axes or has_groups(granularity)):
             return
-        if bool(jnp.ndim(rho)) != (granularity == "channel"):
+        if has_groups(granularity):
+            require_divides(layer.site, int(granularity), shape, layer.input_axes)
+            own = group_scale_shape(shape, int(granularity), layer.input_axes[-1])
+            fits = jnp.shape(rho) == own
+        else:
+            fits = bool(jnp.ndim(rho)) == (granularity == "channel")
+        if not fits:
             raise ValueError(
                 f"`variables` must hold compand/{'/'.join(par.scale_path(layer.site, 'weight'))} "
                 f"for weight_granularity={granularity!r}, got one of shape {jnp.shape(rho)}: they "
@@ -108,7 +115,10 @@ class LayerQuantizer:
         if standardized:
             whole = self._whole(name, x)
             return quantize_standardized(x, whole, mu, scale, rho, spec, config)
-        return quantize_operand(operand, x, mu, scale, rho, spec, config)
+        size = config.at(name).weight_granularity if operand == "weight" else None
+        values = grouped(x, scale.shape, size)
+        found = quantize_operand(operand, values, mu, scale, rho, spec, config)
+        return found.reshape(x.shape)
 
     def _whole(self, name: str, weight: Array) -> Array:
         """Returns all layers' weights where one layer of a stack runs: they share their scale."""

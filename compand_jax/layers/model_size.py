@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from compand_jax.layers.groups import bytes_of_scales
+from compand_jax.layers.parametrization import get_leaf, scale_path
 from compand_jax.layers.sites import Site
 from compand_jax.layers.summary import site_weight
 
@@ -14,7 +16,8 @@ def model_bytes(variables: Mapping[str, Any], sites: Mapping[str, Site] | None =
 
     Counted are: each quantized weight's codes, its number of elements times its bits, rounded up
     to bytes; every other parameter, the batch norms' statistics, and every mu and scale, as they
-    are (float32: 4 bytes each). The levels follow from mu and scale and are not counted.
+    are (float32, 4 bytes each; several scales as they are stored). Levels follow from mu and scale,
+    and are not counted.
 
     Args:
       variables: the model's collections.
@@ -30,4 +33,7 @@ def model_bytes(variables: Mapping[str, Any], sites: Mapping[str, Site] | None =
         weight = site_weight(variables["params"], name)
         if site.weight_bits is not None and weight is not None:
             total += -(-weight.size * site.weight_bits // 8) - weight.nbytes
+            rho = get_leaf(variables.get("compand", {}), scale_path(name, "weight"))
+            if rho is not None and site.scale_axes:
+                total += bytes_of_scales(rho.size, site.scale_dtype) - rho.nbytes
     return total

@@ -26,12 +26,15 @@ class Layer:
       channel_axes: the weight's output axes, from the end.
       unrolling: how it is a matrix product, or None where it is not known to be one.
       mixed_axis: an axis of the weight that is an output and is summed over as well, or None.
+      input_axes: the weight's axes that groups of inputs run along, from the end: axes that are
+        summed over, one behind the other. () where there are none.
     """
 
     site: str
     channel_axes: tuple[int, ...]
     unrolling: Unrolling | None = None
     mixed_axis: int | None = None
+    input_axes: tuple[int, ...] = ()
 
 
 class Observer:

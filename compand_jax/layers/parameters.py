@@ -22,6 +22,7 @@ from compand_jax.calibration.samples import (
 from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.groups import group_moments, grouped
 from compand_jax.layers.observation import Observations
 from compand_jax.layers.sites import Site, check_signs, sites_from_observers
 from compand_jax.layers.standardization import DEVIATIONS, moments
@@ -129,10 +130,15 @@ def _sample(site: Site, seen: Observations, name: str, operand: str, calibration
     weights, unrolling = seen.weights[name], seen.unrolled(name)
     if site.weight_standardization:
         weights = _standardized(weights)
+    scale_shape = site.scale_shape(weights[0].shape)
+    if site.group_size is not None and (calibration != "output" or unrolling is None):
+        weights = [grouped(weight, scale_shape, site.group_size) for weight in weights]
     if calibration != "output" or unrolling is None:
         return sample_from_weights(weights, site.scale_axes)
-    rows = unrolling.rows(jnp.asarray(weights[0]))
-    return sample_from_moments(rows, seen.moments[name], per_row=bool(site.scale_axes))
+    rows, moments = unrolling.rows(jnp.asarray(weights[0])), jnp.asarray(seen.moments[name])
+    if site.group_size is not None:
+        rows, moments = group_moments(rows, moments, site.group_size)
+    return sample_from_moments(rows, moments, per_row=bool(site.scale_axes))
 
 
 def fed_back(
@@ -155,15 +161,17 @@ def fed_back(
         return None
     # As seen it is on no devices: explicit shardings may not allow the reshape.
     rows = unrolling.rows(jnp.asarray(seen.weights[name][0], jnp.float32))
-    scales = jnp.broadcast_to(found["weight_scale"].ravel(), rows[..., 0].size)
+    scales = found["weight_scale"]
+    if site.group_size is None:
+        scales = jnp.broadcast_to(scales.ravel(), rows[..., 0].size).reshape(rows.shape[:2])
+    else:  # each weight has its group's, wherever among the inputs it is rounded
+        shape = (*scales.shape[:-2], site.group_size, scales.shape[-1])
+        scales = unrolling.rows(jnp.broadcast_to(scales, shape).reshape(kernel.shape))
     round_group = functools.partial(round_with_feedback, spec=site.spec("weight"))
     mu = par.entry(found, "weight", site.spec("weight"))
     mu = jnp.zeros((), jnp.float32) if mu is None else mu
     rounded = jax.vmap(round_group, in_axes=(0, 0, None, 0))(
-        rows,
-        jnp.asarray(seen.moments[name]),
-        mu,
-        scales.reshape(rows.shape[:2]),
+        rows, jnp.asarray(seen.moments[name]), mu, scales
     )
     rounded = unrolling.weight(rounded, kernel.shape).astype(kernel.dtype)
     # What is free to be moved stays free: beside a mesh that is set, one device alone is an error.

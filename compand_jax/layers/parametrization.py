@@ -25,6 +25,7 @@ from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.core.families.registry import MU_LAW, family_of
 from compand_jax.core.spec import Spec
 from compand_jax.layers.config import QuantConfig
+from compand_jax.layers.groups import grouped, stored_scales
 from compand_jax.layers.standardization import in_weights_units, moments
 
 SHARED = "_shared"
@@ -245,7 +246,9 @@ def read_parameters(
     elif config.at(site).weight_standardization:
         scale = in_weights_units(scale_from_rho(rho), moments(weight)[1])
     else:
-        scale = weight_scale(rho, weight)
+        scale = weight_scale(rho, grouped(weight, rho.shape, config.at(site).weight_granularity))
+    if operand == "weight":
+        scale = stored_scales(scale, config.scale_dtype, tuple(range(-scale.ndim, 0)))
     path = parameter_path(site, operand, config)
     if path is None:
         return jnp.zeros((), jnp.float32), scale

@@ -60,9 +60,10 @@ class Quantized:
         """Returns a table of the sites as text, and the names of the weights not quantized.
 
         A site's row has the bits, mu and scale of its weight and of its activation, the weight's
-        ratio of signal to quantization noise in dB, its bytes packed and in float32, and whether
-        the activation has a sign. Named below are the parameters of two axes and more that are no
-        site's weight, also those that a site's layer multiplies by itself.
+        ratio of signal to quantization noise in dB, its bytes packed and in float32, whether the
+        activation has a sign, and the bits per weight with its scales and mu. Named below are the
+        parameters of two axes and more that are no site's weight, also those that a site's layer
+        multiplies by itself.
 
         Args:
           variables: As `apply` takes them.

@@ -4,7 +4,6 @@ It belongs to the model, not to its variables, and a checkpoint stores it beside
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,23 +14,32 @@ from compand_jax.core.families.registry import family_names
 from compand_jax.core.spec import Spec, check_spec
 from compand_jax.layers.config import (
     ACT_SITES,
+    SCALE_DTYPES,
     QuantConfig,
     check_acts,
+    check_group_size,
     check_weights,
     require_choice,
+)
+from compand_jax.layers.groups import (
+    SCALE_AXES,
+    bytes_of_scales,
+    group_scale_shape,
+    require_divides,
 )
 from compand_jax.layers.observation import Layer, Observer
 
 _PRODUCT = re.compile(r"(.*/)?product_[0-9]+:(left|right)")
 
 
-def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
+def checked_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a site's fields, axes as a tuple; raises ValueError where one is out of its range."""
     require_choice("quantizer", fields["quantizer"], family_names())
     check_weights(fields["weight_bits"], fields["grid"], fields["quantizer"])
     # One bit has no sign: that is checked where it is used, once calibration has decided.
     check_acts(fields["act_bits"], None)
     require_choice("act_site", fields["act_site"], ACT_SITES)
+    require_choice("scale_dtype", fields["scale_dtype"], SCALE_DTYPES)
     if not isinstance(fields["act_signed"], bool):
         raise ValueError(f"`act_signed` must be True or False, got {fields['act_signed']!r}")
     if not isinstance(fields["weight_standardization"], bool):
@@ -42,7 +50,17 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"`scale_axes` must be integers, got {axes!r}")
     if any(axis >= 0 for axis in axes) or len(set(axes)) < len(axes):
         raise ValueError(f"`scale_axes` must be negative, and each of them once, got {axes!r}")
+    _check_group(fields["group_size"], fields["group_axis"], tuple(axes))
     return {**fields, "scale_axes": tuple(axes)}
+
+
+def _check_group(size: Any, axis: Any, scale_axes: tuple[int, ...]) -> None:
+    if size is not None:
+        check_group_size("group_size", size)
+    if axis is not None and (type(axis) is not int or axis >= 0 or size is None):
+        raise ValueError(f"`group_axis` must be negative, and go with a group size, got {axis!r}")
+    if size is not None and scale_axes != SCALE_AXES:
+        raise ValueError(f"`scale_axes` must be (-3, -1) with groups, got {scale_axes!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +77,10 @@ class Site:
       act_signed: Whether the activations can be negative.
       act_site: Which activations are quantized, the layer's "input" or its "output".
       weight_standardization: Whether the weight's scale counts its standard deviations.
+      group_size: How many inputs share a scale, where `scale_axes` are those of a weight with an
+        axis for its groups, (-3, -1) (`groups`); None without groups.
+      group_axis: The last of the axes that inputs run along, from the end; None without groups.
+      scale_dtype: What several scales are stored in.
 
     Raises:
       ValueError: a field is out of its range.
@@ -72,9 +94,12 @@ class Site:
     act_signed: bool = True
     act_site: str = "input"
     weight_standardization: bool = False
+    group_size: int | None = None
+    group_axis: int | None = None
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name, value in _checked(vars(self)).items():
+        for name, value in checked_fields(vars(self)).items():
             object.__setattr__(self, name, value)
 
     def operands(self) -> tuple[str, ...]:
@@ -97,8 +122,23 @@ class Site:
             )
         return check_spec(self.act_bits, self.act_signed, "midtread", self.quantizer)
 
+    def weight_bytes(self, size: int, scales: int, mus: int) -> int:
+        """Returns the bytes of a weight that is stored: packed codes, scales, and mu.
+
+        Args:
+          size: How many weights there are.
+          scales: How many scales.
+          mus: How many mu of its own; it is of float32.
+        """
+        bits = self.spec("weight").bits
+        several = scales > 1 and self.scale_axes
+        of_scales = bytes_of_scales(scales, self.scale_dtype if several else "float32")
+        return -(-size * bits // 8) + of_scales + 4 * mus
+
     def scale_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of the weight's scale: () or the weight's, kept axes alone."""
+        if self.group_size is not None and self.group_axis is not None:
+            return group_scale_shape(weight_shape, self.group_size, self.group_axis)
         if not self.scale_axes:
             return ()
         ndim = len(weight_shape)
@@ -106,19 +146,31 @@ class Site:
 
 
 def site_from_config(
-    config: QuantConfig, name: str, *, channel_axes: tuple[int, ...] = (), has_act: bool = True
+    config: QuantConfig, name: str, *, layer: Layer | None = None, has_act: bool = True
 ) -> Site:
-    """Returns a site as it is configured, before calibration: its activations are signed."""
+    """Returns a site as it is configured, before calibration: its activations are signed.
+
+    Without its layer, the axes that it has scales along are not known.
+    """
     config = config.at(name)
+    granularity = config.weight_granularity
+    by_group = isinstance(granularity, int) and config.weight_bits is not None
+    by_group = by_group and not is_product(name)
+    channels, inputs = ((), ()) if layer is None else (layer.channel_axes, layer.input_axes)
+    if by_group:
+        channels = SCALE_AXES
     return Site(
         weight_bits=None if is_product(name) else config.weight_bits,
         act_bits=config.act_bits if has_act else None,
         quantizer=config.quantizer,
         grid=config.grid,
-        scale_axes=channel_axes if config.weight_granularity == "channel" else (),
+        scale_axes=channels if by_group or granularity == "channel" else (),
         act_signed=config.act_signed is not False,
         act_site=config.act_site,
         weight_standardization=config.weight_standardization,
+        group_size=int(granularity) if by_group else None,
+        group_axis=inputs[-1] if by_group and inputs else None,
+        scale_dtype=config.scale_dtype if granularity != "tensor" else "float32",
     )
 
 
@@ -163,11 +215,13 @@ def sites_from_observers(config: QuantConfig, observers: Iterable[Observer]) -> 
     for layer in layers.values():
         _require_channels(config, layer)
     sites = {
-        name: site_from_config(
-            config, name, channel_axes=layer.channel_axes, has_act=name in with_act
-        )
+        name: site_from_config(config, name, layer=layer, has_act=name in with_act)
         for name, layer in layers.items()
     }
+    shapes = {name: x for observer in observers for name, x in observer.weight_shapes.items()}
+    for name, site in sites.items():
+        if site.group_size is not None and name in shapes:
+            require_divides(name, site.group_size, shapes[name], layers[name].input_axes)
     for observer in observers:
         for name, types in observer.complex.items():
             for operand in types.keys() & sites[name].operands():
@@ -239,7 +293,8 @@ def check_sites(config: QuantConfig, sites: Mapping[str, Site]) -> None:
                 own.weight_standardization,
             )
         if site.weight_bits is not None and site.scale_axes:  # without, it may have no channels
-            fields["weight_granularity"] = "channel", own.weight_granularity
+            fields["weight_granularity"] = site.group_size or "channel", own.weight_granularity
+            fields["scale_dtype"] = site.scale_dtype, own.scale_dtype
         if site.act_bits is not None:
             fields["act_bits"] = site.act_bits, own.act_bits
             fields["act_site"] = site.act_site, own.act_site
@@ -252,80 +307,6 @@ def check_sites(config: QuantConfig, sites: Mapping[str, Site]) -> None:
                     f"{field}={calibrated!r}, the config has {configured!r}: give the config that "
                     "they were calibrated with, or calibrate again"
                 )
-
-
-def sites_to_json(sites: Mapping[str, Site]) -> str:
-    """Returns a calibrated model's `sites` as JSON, to be stored with a checkpoint.
-
-    A checkpoint of `variables` holds every mu and scale. The signs that calibration found are in
-    the sites; without them the model takes every activation to be signed.
-
-    Args:
-      sites: `Site` objects by name, such as `qmodel.sites`.
-
-    Returns:
-      The text of a JSON object.
-
-    Raises:
-      TypeError: these are not sites by name.
-
-    >>> sites = {"conv": Site(4, 8, scale_axes=(-1,)), "head": Site(8, None)}
-    >>> sites_from_json(sites_to_json(sites)) == sites
-    True
-    """
-    require_sites(sites)
-    fields = {name: dataclasses.asdict(site) for name, site in sites.items()}
-    return json.dumps(fields, default=int)  # bits may be NumPy's integers
-
-
-def sites_from_json(text: str | bytes) -> dict[str, Site]:
-    """Returns the sites that `sites_to_json` wrote, for `quantize_model(..., sites=...)`.
-
-    Args:
-      text: Of a JSON object, by name. It is not trusted: every field is checked.
-
-    Returns:
-      `Site` objects by name.
-
-    Raises:
-      ValueError: the text is no JSON, or a site has another field than a `Site`, lacks one, or
-        has one that is out of its range.
-    """
-    try:
-        found = json.loads(text, object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"`text` must be JSON that sites_to_json wrote: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"`text` must be a JSON object of sites, got one of type {type(found).__name__}: give "
-            "the text that sites_to_json wrote"
-        )
-    sites = {name: _site_from_fields(name, fields) for name, fields in found.items()}
-    check_signs(sites)
-    return sites
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a name comes twice among {', '.join(name for name, _ in pairs)}")
-    return found
-
-
-def _site_from_fields(name: str, fields: Any) -> Site:
-    expected = [field.name for field in dataclasses.fields(Site)]
-    # What was stored before there was standardization has no such field.
-    whole = {"weight_standardization": False} | fields if isinstance(fields, dict) else {}
-    if set(whole) != set(expected):
-        got = ", ".join(fields) if isinstance(fields, dict) else repr(fields)
-        raise ValueError(
-            f"site {name!r} must have the fields {', '.join(expected)}, got {got}: give the text "
-            "that sites_to_json wrote"
-        )
-    try:
-        return Site(**_checked(whole))
-    except ValueError as error:
-        raise ValueError(f"site {name!r}: {error}") from None
 
 
 def require_sites(sites: Any) -> None:

@@ -12,12 +12,13 @@ from jaxtyping import Array
 
 from compand_jax.core.quantizers import fake_quantize
 from compand_jax.layers import parametrization as par
+from compand_jax.layers.groups import grouped
 from compand_jax.layers.sites import Site
 from compand_jax.layers.standardization import moments
 
 _HEADER = (
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
-    "act bits", "act mu", "act scale", "act signed",
+    "act bits", "act mu", "act scale", "act signed", "bits/weight",
 )  # fmt: skip
 WEIGHT_NAMES = ("kernel", "embedding")
 
@@ -77,15 +78,18 @@ def _is_quantized(params: Mapping[str, Any], quantized: set[str], path: list[str
 
 
 def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tuple[str, ...]:
-    weight, act = ["-"] * 6, ["-"] * 4
+    weight, act, whole = ["-"] * 6, ["-"] * 4, "-"
     kernel = site_weight(params, name)
     if "weight_scale" in found:
         spec, scale = site.spec("weight"), found["weight_scale"]
         mu = par.entry(found, "weight", spec)
         weight[:3] = str(site.weight_bits), _shown(found, "weight", site), _range(scale)
         if kernel is not None:
+            mus = 0 if mu is None else mu.size
+            stored = site.weight_bytes(kernel.size, scale.size, mus)
             weight[3] = _sqnr(kernel, mu, scale, site)
             weight[4] = str(-(-kernel.size * spec.bits // 8))
+            whole = f"{8 * stored / max(kernel.size, 1):.3g}"
     if kernel is not None:
         weight[5] = str(4 * kernel.size)
     if "act_scale" in found:
@@ -93,7 +97,7 @@ def _row(name: str, site: Site, found: Mapping[str, Any], params: Mapping) -> tu
             str(site.act_bits), _shown(found, "act", site), _range(found["act_scale"]),
             "yes" if site.act_signed else "no",
         ]  # fmt: skip
-    return (name or "(model)", *weight, *act)
+    return (name or "(model)", *weight, *act, whole)
 
 
 def _shown(found: Mapping[str, Any], operand: str, site: Site) -> str:
@@ -108,6 +112,7 @@ def _shown(found: Mapping[str, Any], operand: str, site: Site) -> str:
 def _sqnr(kernel: Array, mu: Array | None, scale: Array, site: Site) -> str:
     spec = site.spec("weight")
     own = len(spec.family.shape(spec))
+    kernel = grouped(kernel, scale.shape, site.group_size)
     stack = scale.ndim - bool(site.scale_axes) * kernel.ndim if mu is None else mu.ndim - own
     if stack <= 0 and scale.ndim:  # one of a stack's layers has fewer axes than the stack
         scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from compand_jax.core._mesh import sharded_as
+from compand_jax.layers.groups import last_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,23 @@ def einsum_channel_axes(equation: str) -> tuple[int, ...]:
     >>> einsum_channel_axes("...td, dhk -> ...thk")
     (-2, -1)
     """
-    operands, result = equation.replace(" ", "").split("->")
-    data, kernel = (operand.replace("...", "") for operand in operands.split(","))
+    data, kernel, result = _terms(equation)
     axes = [i for i, axis in enumerate(kernel) if axis in result and axis not in data]
     return tuple(i - len(kernel) for i in axes)
+
+
+def einsum_input_axes(equation: str) -> tuple[int, ...]:
+    """Returns the second operand's axes that are summed over, up to the last, from the end.
+
+    >>> einsum_input_axes("bthk, hkd -> btd")
+    (-3, -2)
+    """
+    data, kernel, result = _terms(equation)
+    axes = [i for i, axis in enumerate(kernel) if axis in data and axis not in result]
+    return last_run(i - len(kernel) for i in axes)
+
+
+def _terms(equation: str) -> tuple[str, str, str]:
+    operands, result = equation.replace(" ", "").split("->")
+    data, kernel = (operand.replace("...", "") for operand in operands.split(","))
+    return data, kernel, result

@@ -5,6 +5,7 @@ from typing import Any
 
 from compand_jax.core.quantizers import quantize
 from compand_jax.layers import parametrization as par
+from compand_jax.layers.groups import grouped
 from compand_jax.layers.standardization import moments
 from compand_jax.layers.summary import WEIGHT_NAMES
 from compand_jax.linen.quantized_model import QuantizedModel
@@ -36,8 +37,10 @@ def weight_codes(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> dict[s
         spec = qmodel.site(site).spec("weight")
         if qmodel.site(site).weight_standardization:
             weight = weight - moments(weight)[0].astype(weight.dtype)
+        shape, size = weight.shape, qmodel.site(site).group_size
+        weight = grouped(weight, scale.shape, size)
         if scale.ndim:  # a stack's layers share their channels' scales
             scale = scale.reshape((1,) * (weight.ndim - scale.ndim) + scale.shape)
         codes = quantize(weight, par.entry(own, "weight", spec), scale, **spec.arguments)
-        par.set_leaf(found, path, codes)
+        par.set_leaf(found, path, codes.reshape(shape))
     return found

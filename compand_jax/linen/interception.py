@@ -19,7 +19,7 @@ from flax.core import Scope
 from compand_jax.layers.contractions.program import marked
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.visitor import Visitor, is_lookup, visited_operands
-from compand_jax.linen.layer_kinds import channel_axes, unrolling_of
+from compand_jax.linen.layer_kinds import channel_axes, input_axes, unrolling_of
 from compand_jax.linen.traces import trace_afresh
 
 
@@ -73,7 +73,10 @@ def intercept_layers(
         if promote is None or isinstance(promote, _Promotion) or context.method_name == "setup":
             return next_fun(*args, **kwargs)
         layer = Layer(
-            "/".join(module.path), channel_axes(module, args, kwargs), unrolling_of(module)
+            "/".join(module.path),
+            channel_axes(module, args, kwargs),
+            unrolling_of(module),
+            input_axes=input_axes(module, args, kwargs),
         )
         promotion = _Promotion(visitor, layer, promote, marks)
         object.__setattr__(module, "promote_dtype", promotion)

@@ -4,7 +4,12 @@ from typing import Any
 
 from flax import nnx
 
-from compand_jax.layers.unrolling import Unrolling, einsum_channel_axes, unrolled_convolution
+from compand_jax.layers.unrolling import (
+    Unrolling,
+    einsum_channel_axes,
+    einsum_input_axes,
+    unrolled_convolution,
+)
 
 LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed)
 """The layers that pass their operands through their own `promote_dtype`."""
@@ -43,6 +48,21 @@ def channel_axes(layer: Any) -> tuple[int, ...]:
             )
         return einsum_channel_axes(layer.einsum_str)
     return (-1,)
+
+
+def input_axes(layer: Any) -> tuple[int, ...]:
+    """Returns the weight's axes that groups of inputs run along, from the end."""
+    if isinstance(layer, nnx.Embed):
+        return (-1,)
+    if isinstance(layer, nnx.ConvTranspose) and layer.transpose_kernel:
+        return (-1,)
+    if isinstance(layer, nnx.LinearGeneral):
+        outputs = len(layer.out_features)
+        return tuple(range(-outputs - len(layer.in_features), -outputs))
+    if isinstance(layer, nnx.Einsum):
+        assert layer.einsum_str is not None  # channel_axes has asked for it
+        return einsum_input_axes(layer.einsum_str)
+    return (-2,)
 
 
 def unrolling_of(layer: Any) -> Unrolling | None:

@@ -13,6 +13,7 @@ from compand_jax.core.families.registry import family_of
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig
 from compand_jax.layers.contractions.program import marked
+from compand_jax.layers.groups import grouped, stored_scales
 from compand_jax.layers.layer_quantizer import quantize_operand, quantize_standardized
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.sites import Site, require_real
@@ -98,6 +99,7 @@ def parameters_of(
     mu = jnp.zeros((), jnp.float32) if theta is None else family.from_trainable(theta[...])
     if weight is None:
         return mu, par.scale_from_rho(rho[...])
+    weight = grouped(weight, rho[...].shape, promotion.site.group_size)
     # One scale for each layer of a stack lies along its axes, in front.
     if promotion.site.weight_standardization:
         deviation = lambda weight: moments(weight)[1]  # noqa: E731
@@ -105,8 +107,8 @@ def parameters_of(
             deviation = jax.vmap(deviation)
         return mu, in_weights_units(par.scale_from_rho(rho[...]), deviation(weight))
     shape = rho[...].shape + (1,) * (weight.ndim - rho[...].ndim)
-    scale = par.weight_scale(rho[...].reshape(shape), weight)
-    return mu, scale.reshape(rho[...].shape)
+    scale = par.weight_scale(rho[...].reshape(shape), weight).reshape(rho[...].shape)
+    return mu, stored_scales(scale, promotion.config.scale_dtype, promotion.site.scale_axes)
 
 
 class _Quantizing:
@@ -166,4 +168,7 @@ class _Quantizing:
         assert rho is not None
         if standardized:
             return quantize_standardized(x, x, mu, scale, rho[...], spec, self._own.config)
-        return quantize_operand(operand, x, mu, scale, rho[...], spec, self._own.config)
+        size = self._own.site.group_size if operand == "weight" else None
+        values = grouped(x, shape, size)
+        found = quantize_operand(operand, values, mu, scale, rho[...], spec, self._own.config)
+        return found.reshape(x.shape)

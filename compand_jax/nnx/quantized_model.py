@@ -10,6 +10,7 @@ from jaxtyping import Array
 from compand_jax.core.codebooks import SMALLEST_SCALE
 from compand_jax.layers import parametrization as par
 from compand_jax.layers.config import QuantConfig, require_config
+from compand_jax.layers.groups import grouped, require_divides
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.parameters import first_rho
 from compand_jax.layers.sites import (
@@ -30,7 +31,9 @@ from compand_jax.nnx.contractions import (
     set_sites,
     unhook,
 )
-from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, unrolling_of, weight_ndim, weight_of
+from compand_jax.nnx.layer_kinds import LAYERS, channel_axes, input_axes, unrolling_of
+from compand_jax.nnx.layer_kinds import weight_ndim as weight_ndim
+from compand_jax.nnx.layer_kinds import weight_of as weight_of
 from compand_jax.nnx.promotion import HOOK, Promotion, parameters_of, theta_name
 from compand_jax.nnx.variables import Mu, Scale
 
@@ -215,7 +218,7 @@ def hooked_layers(model: nnx.Module) -> list[tuple[Any, Promotion]]:
 
 def described(name: str, layer: Any) -> Layer:
     """Returns what a visitor is told of a layer, by its site's name."""
-    return Layer(name, channel_axes(layer), unrolling_of(layer))
+    return Layer(name, channel_axes(layer), unrolling_of(layer), None, input_axes(layer))
 
 
 def stack_shape(layer: Any) -> tuple[int, ...]:
@@ -273,10 +276,13 @@ def _hook(
 ) -> None:
     """Puts a `Promotion` into a layer; `shared` has each mu that several sites share."""
     kind = described(name, layer)
-    found = site or site_from_config(config, name, channel_axes=kind.channel_axes)
+    found = site or site_from_config(config, name, layer=kind)
     is_calibrated = site is not None
     promotion = Promotion(layer.promote_dtype, kind, found, config, is_calibrated)
     stack = stack_shape(layer)
+    if found.group_size is not None:
+        shape = tuple(weight_of(layer).shape[len(stack) :])
+        require_divides(name, found.group_size, shape, kind.input_axes)
     for operand in found.operands():
         rho = jnp.zeros(stack, jnp.float32)
         if operand == "weight":
@@ -309,7 +315,8 @@ def _first_parameters(
         for operand in site.operands():
             rho = jnp.zeros((), jnp.float32)
             if operand == "weight":
-                rho = _first_rho(params[name][...], site, site.scale_axes or (-1,), ())
+                channels = site.scale_axes if site.group_size is None else ()
+                rho = _first_rho(params[name][...], site, channels or (-1,), ())
             par.set_leaf(compand, par.scale_path(name, operand), rho)
             if (path := par.parameter_path(name, operand, config)) is not None:
                 par.set_leaf(compand, path, par.first_theta(config, first_spec(site, operand)))
@@ -320,11 +327,12 @@ def _first_rho(
     weight: Array, site: Site, channel_axes: tuple[int, ...], stack: tuple[int, ...]
 ) -> Array:
     """Returns rho of the largest magnitude of each layer's weight, or of each of its channels."""
-    ndim = weight.ndim - len(stack)
-    axes = tuple(i for i in range(-ndim, 0) if i not in site.scale_axes)
-    largest = jnp.max(jnp.abs(weight), axes, initial=0.0, keepdims=bool(site.scale_axes))
+    own = weight.shape[len(stack) :]
+    of_zeros = first_rho(site, own, channel_axes)
+    values = grouped(weight, stack + site.scale_shape(own), site.group_size)
+    axes = tuple(i for i in range(len(stack) - values.ndim, 0) if i not in site.scale_axes)
+    largest = jnp.max(jnp.abs(values), axes, initial=0.0, keepdims=bool(site.scale_axes))
     largest = largest.astype(jnp.float32)
-    of_zeros = first_rho(site, weight.shape[len(stack) :], channel_axes)
     if site.weight_standardization:
         return jnp.full(largest.shape, of_zeros, jnp.float32)
     return jnp.where(largest > SMALLEST_SCALE, par.rho_from_scale(largest), of_zeros)

@@ -33,4 +33,4 @@ class Codes(Quantizer):
 
 
 class Table(Quantizer):
-    """Levels, thresholds or scales of a frozen layer, float32, with a stack's axes in front."""
+    """Levels, thresholds or scales of a frozen layer, with a stack's axes in front."""

@@ -14,7 +14,7 @@ import compand_jax as cj
 X = normal(5, 4)
 HEADER = [
     "site", "weight bits", "weight mu", "weight scale", "SQNR dB", "bytes", "float32 bytes",
-    "act bits", "act mu", "act scale", "act signed",
+    "act bits", "act mu", "act scale", "act signed", "bits/weight",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from compand_jax.experiments.runs.config import FULL_PRECISION, METHODS_BY_NAME,
 from compand_jax.experiments.runs.directory import read_config
 from compand_jax.experiments.runs.levers import preceding, quant_of
 from compand_jax.experiments.runs.optimizer import make_optimizer, make_schedules
-from compand_jax.layers.sites import sites_from_json, sites_to_json
+from compand_jax.layers.stored_sites import sites_from_json, sites_to_json
 from compand_jax.linen.batch_statistics import estimate_batch_stats, update_batch_stats
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 from compand_jax.models import create_model

@@ -153,13 +153,13 @@ def _expansion(
         check_weight(name, weight)
         spec, (mu, scale) = site.spec("weight"), parameters["weight"]
         mu = jnp.broadcast_to(mu, (*stack, *spec.family.shape(spec)))
-        standardized = site.weight_standardization
-        layers = [
-            pack_weight(weight[i], mu[i], scale[i], spec, standardized) for i in np.ndindex(stack)
-        ]
+        scale_shape = scale.shape[len(stack) :]
+        dtype = site.scale_dtype if scale_shape else "float32"
+        layers = [pack_weight(weight[i], mu[i], scale[i], site) for i in np.ndindex(stack)]
         tables |= _stacked(layers, stack)
-        shapes = weight.shape, weight.dtype.name, scale.shape[len(stack) :]
-        frozen = FrozenSite(FrozenWeight(spec.bits, spec.grid, *shapes, leaf))
+        shapes = weight.shape, weight.dtype.name, scale_shape
+        own = {"group_size": site.group_size, "scale_dtype": dtype}
+        frozen = FrozenSite(FrozenWeight(spec.bits, spec.grid, *shapes, leaf, **own))
     if "act" in parameters:
         spec, (mu, scale) = site.spec("act"), parameters["act"]
         mu = jnp.broadcast_to(mu, (*stack, *spec.family.shape(spec)))

@@ -14,6 +14,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from compand_jax.frozen.expansion import codes_after, expand_codes, quantize_activation
 from compand_jax.frozen.packing import unpack
 from compand_jax.frozen.tree import FrozenSite
+from compand_jax.layers.groups import expanded_scales
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.visitor import is_lookup, visited_operands
 from compand_jax.nnx.layer_kinds import weight_name, weight_of
@@ -24,6 +25,7 @@ TABLES = {
     "codes": Codes,
     "levels": Table,
     "scales": Table,
+    "scale_units": Table,
     "act_levels": Table,
     "act_thresholds": Table,
 }
@@ -117,6 +119,7 @@ class Expansion(nnx.Module):
         precision, as are the others that it does not need.
       levels: The table that the codes are indices into.
       scales: What the levels are multiplied with.
+      scale_units: What scales of uint8 are multiples of.
       act_levels: The levels of activations.
       act_thresholds: What lies between them.
     """
@@ -168,7 +171,10 @@ def expanded_weight(expansion: Expansion, after: Array | None = None) -> Array:
     assert weight is not None
     shape = weight.shape[len(expansion.stack) :]
     codes = unpack(codes_after(after, tables["codes"]), weight.bits, shape)
-    return expand_codes(weight, codes, tables["levels"], tables.get("scales"))
+    scales = tables.get("scales")
+    if scales is not None:
+        scales = expanded_scales(scales, tables.get("scale_units"))
+    return expand_codes(weight, codes, tables["levels"], scales)
 
 
 def _check_one_layer(expansion: Expansion) -> None:

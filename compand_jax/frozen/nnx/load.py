@@ -1,5 +1,6 @@
 """From a file to a frozen NNX model; a model that is another one is refused."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,13 @@ def _check_site(name: str, site: FrozenSite, layer: Any, leaf: str | None, array
     _require(weight.leaf in (None, leaf), f"whose layer {name!r} has another weight than its own")
     same = own.shape == weight.shape
     _require(same, f"whose layer {name!r} has a weight of shape {own.shape}, not {weight.shape}")
-    rank = len(weight.scale_shape) or own.ndim - len(stack)
-    _require(rank == own.ndim - len(stack), f"with another stack of {name!r}")
+    of_layer = own.shape[len(stack) :]
+    if weight.group_size is not None:
+        count = weight.group_size * math.prod(weight.scale_shape)
+        _require(count == math.prod(of_layer), f"with another stack of {name!r}")
+        return
+    rank = len(weight.scale_shape) or len(of_layer)
+    _require(rank == len(of_layer), f"with another stack of {name!r}")
 
 
 def _check_variables(own: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from jax.extend.core import Literal
 
 from compand_jax.layers.contractions.bodies import CALLS, bodies_of, passed_on
 from compand_jax.layers.contractions.views import View, moved
+from compand_jax.layers.groups import last_run
 from compand_jax.layers.observation import Layer
 from compand_jax.layers.unrolling import Unrolling
 
@@ -101,6 +102,7 @@ class Use:
             tuple(axis - self.ndim for axis in channels),
             self.unrolling if self.times == 1 else None,
             min(self.kept & self.summed, default=None),
+            last_run(axis - self.ndim for axis in self.summed - self.kept - self.batch),
         )
 
 
