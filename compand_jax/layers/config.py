@@ -60,7 +60,7 @@ def _check_granularity(config: Any, *more: str) -> None:
     value = config.weight_granularity
     if isinstance(value, numbers.Real):
         check_group_size("weight_granularity", value)
-        object.__setattr__(config, "weight_granularity", int(value))
+        object.__setattr__(config, "weight_granularity", int(float(value)))
     else:
         require_choice("weight_granularity", value, (*more, *GRANULARITIES))
 

@@ -32,7 +32,7 @@ def grouped(weight: Any, scale_shape: tuple[int, ...], size: int | str | None) -
       scale_shape: Of the scales.
       size: How many inputs share a scale. What is no integer has no groups.
     """
-    if not has_groups(size):
+    if not isinstance(size, int):
         return weight
     shape = (*scale_shape[:-2], size, scale_shape[-1])
     layers = weight.size // max(math.prod(shape), 1)

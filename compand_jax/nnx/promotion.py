@@ -99,15 +99,15 @@ def parameters_of(
     mu = jnp.zeros((), jnp.float32) if theta is None else family.from_trainable(theta[...])
     if weight is None:
         return mu, par.scale_from_rho(rho[...])
-    weight = grouped(weight, rho[...].shape, promotion.site.group_size)
+    values: Array = grouped(weight, rho[...].shape, promotion.site.group_size)
     # One scale for each layer of a stack lies along its axes, in front.
     if promotion.site.weight_standardization:
-        deviation = lambda weight: moments(weight)[1]  # noqa: E731
+        deviation = lambda x: moments(x)[1]  # noqa: E731
         for _ in rho[...].shape:
             deviation = jax.vmap(deviation)
-        return mu, in_weights_units(par.scale_from_rho(rho[...]), deviation(weight))
-    shape = rho[...].shape + (1,) * (weight.ndim - rho[...].ndim)
-    scale = par.weight_scale(rho[...].reshape(shape), weight).reshape(rho[...].shape)
+        return mu, in_weights_units(par.scale_from_rho(rho[...]), deviation(values))
+    shape = rho[...].shape + (1,) * (values.ndim - rho[...].ndim)
+    scale = par.weight_scale(rho[...].reshape(shape), values).reshape(rho[...].shape)
     return mu, stored_scales(scale, promotion.config.scale_dtype, promotion.site.scale_axes)
 
 

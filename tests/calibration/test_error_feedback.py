@@ -26,7 +26,7 @@ def problem(seed=0):
 
 def plainly(rows, scales, spec):
     pairs = zip(rows, scales, strict=True)
-    return np.stack([oracle.fake_quantize(row, MU, scale, *spec) for row, scale in pairs])
+    return np.stack([oracle.fake_quantize(row, MU, scale, *spec[:3]) for row, scale in pairs])
 
 
 def errors(rows, quantized, moments):
@@ -42,7 +42,7 @@ def by_definition(rows, moments, mu, scales, spec):
     for step, k in enumerate(order):
         left = order[step + 1 :]
         for r, scale in enumerate(scales):
-            result[r, k] = oracle.fake_quantize(rows[r, k : k + 1], mu, scale, *spec)[0]
+            result[r, k] = oracle.fake_quantize(rows[r, k : k + 1], mu, scale, *spec[:3])[0]
         # The minimum of (e_k, e_left) H (e_k, e_left)^T over e_left, for an error of 1.
         best = -np.linalg.solve(moments[np.ix_(left, left)], moments[left, k])
         rows[:, left] -= (rows[:, k] - result[:, k])[:, None] * best
