@@ -197,7 +197,15 @@ def _shared(layers: list[tuple[Any, Promotion]], config: QuantConfig) -> dict[tu
 
 
 def _call(method: str, model_kwargs: Mapping[str, Any]) -> Callable[[Any, tuple], Any]:
-    return lambda model, args: getattr(model, method)(*args, **model_kwargs)
+    def call(model: Any, args: tuple) -> Any:
+        # What a call changes of them, such as the counts of an nnx.Rngs, is not theirs to keep.
+        own = {
+            name: nnx.clone(value) if isinstance(value, nnx.Pytree | nnx.Variable) else value
+            for name, value in model_kwargs.items()
+        }
+        return getattr(model, method)(*args, **own)
+
+    return call
 
 
 def _set(

@@ -230,6 +230,11 @@ def stack_shape(layer: Any) -> tuple[int, ...]:
 def _check_arguments(model: Any, config: Any) -> None:
     _require_module(model)
     require_config(config)
+    if config.contractions != "layers" and isinstance(model, nnx.bridge.ToNNX):
+        raise ValueError(
+            "`model` must be made of NNX modules, got a Linen module in nnx.bridge.ToNNX: quantize "
+            "the Linen module by quantize_model, or the NNX module that it is in"
+        )
     if config.act_site != "input":
         raise ValueError(
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "

@@ -61,31 +61,13 @@ def test_gemma_is_linens(monkeypatch):
     compand["block"] = {k: v for k, v in compand["block"].items() if k != "adapter"}
     nnx.update(qmodel.block.adapter.promote_dtype, adapter)
     nnx.update(qmodel.compand_contractions.quantizers, compand)
-    graphdef, trained, rest = nnx.split(qmodel, TRAINED, ...)
-
-    def with_gradients(function, x):
-        def total(x):
-            y = function(x)
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.grad(total, has_aux=True)(x)
+    graphdef, state = nnx.split(qmodel)
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
-    def both(trained, variables):
-        return [
-            with_gradients(lambda trained: nnx.merge(graphdef, trained, rest)(IDS), trained),
-            with_gradients(lambda variables: linen.apply(variables, IDS), variables),
-        ]
+    def both(state, variables):
+        return nnx.merge(graphdef, state)(IDS), linen.apply(variables, IDS)
 
-    (gradients, y), (linens, expected) = both(trained, variables)
-    np.testing.assert_array_equal(y, expected)
-    gradients = nnx.to_pure_dict(gradients)
-    found = gradients.pop("compand_contractions")["quantizers"]
-    adapter = gradients["block"]["adapter"].pop("promote_dtype")
-    found["block"]["adapter"] = jax.tree.map(lambda x: jnp.sum(x, 0), adapter)
-    assert_same(gradients, linens["params"], 1e-5)
-    assert_same(found, linens["compand"], 1e-5)
-    assert all(np.any(gradient) for gradient in jax.tree.leaves(found))
+    np.testing.assert_array_equal(*both(state, variables))
 
 
 def test_t5x_is_quantized_as_by_hand():
@@ -146,12 +128,9 @@ def test_the_copy_has_the_models_params_and_dequantize_gives_it_back():
     with pytest.raises(ValueError, match="must be calibrated with its method '__call__' before"):
         cj.nnx.quantize(model, config(rules=(cj.Rule(".*", act_bits=None),)))(X)
     cj.nnx.calibrate(qmodel, [X], calibration="absmax", mu=2.0)
-    again = calibrated(model)
-    assert nnx.graphdef(qmodel) == nnx.graphdef(again)
-    assert hash(nnx.graphdef(qmodel)) == hash(nnx.graphdef(again))
     assert sorted(cj.nnx.sites(qmodel)) == ["head", "w"]
     assert isinstance(qmodel, Mixed)
-    assert cj.nnx.summary(qmodel).endswith("weights not quantized: none")
+    assert cj.nnx.summary(cj.nnx.quantize(model, config())).endswith("weights not quantized: w")
     assert jax.tree.structure(params_of(qmodel)) == jax.tree.structure(before)
     assert_same(params_of(qmodel), before, 0)
     assert nnx.graphdef(cj.nnx.dequantize(qmodel)) == nnx.graphdef(model)
@@ -159,8 +138,10 @@ def test_the_copy_has_the_models_params_and_dequantize_gives_it_back():
     text = cj.sites_to_json(cj.nnx.sites(qmodel))
     other = cj.nnx.quantize(Mixed(nnx.Rngs(1)), config(), sites=cj.sites_from_json(text))
     assert nnx.graphdef(other) == nnx.graphdef(qmodel)
+    assert hash(nnx.graphdef(other)) == hash(nnx.graphdef(qmodel))
     nnx.update(other, nnx.state(qmodel))
-    np.testing.assert_array_equal(other(X), qmodel(X))
+    call = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_array_equal(call(other, X), call(qmodel, X))
 
 
 def test_state_is_changed_as_ever_and_methods_are_reached():
@@ -309,5 +290,7 @@ def test_refused():
         cj.nnx.quantize(qmodel, config())
     with pytest.raises(ValueError, match="`rules` must each match a site, 'v' matches none of"):
         calibrated(model, rules=(cj.Rule("v", weight_bits=8),))
+    with pytest.raises(ValueError, match="got a Linen module in nnx.bridge.ToNNX: quantize the Li"):
+        cj.nnx.quantize(nnx.bridge.ToNNX(LinenProduct(), rngs=nnx.Rngs(0)), config())
     with pytest.raises(ValueError, match="`sites` must be this model's, 'v' is none of 'head'"):
         cj.nnx.quantize(model, config(), sites={"v": cj.nnx.sites(qmodel)["w"]})

@@ -13,7 +13,13 @@ from compand_jax.calibration.fit import check_arguments
 from compand_jax.layers.batch_observation import MakeObserver, observe_batches
 from compand_jax.layers.batches import require_concrete
 from compand_jax.layers.config import QuantConfig, require_config
-from compand_jax.layers.contractions.program import Program, nested_by_name, require_inputs, trace
+from compand_jax.layers.contractions.program import (
+    Program,
+    is_array,
+    nested_by_name,
+    require_inputs,
+    trace,
+)
 from compand_jax.layers.initial_parameters import initial_observer, initial_parameters
 from compand_jax.layers.layer_quantizer import LayerQuantizer
 from compand_jax.layers.observation import Observer
@@ -177,15 +183,18 @@ class QuantizedFunction(Quantized):
         percentile, mu = check_arguments(calibration, percentile, mu)
         require_concrete("variables", variables)
 
-        def run(make_observer: MakeObserver, params: Any, args: tuple) -> Observer:
-            observer = make_observer()
-            self._trace(params, args, kwargs).observed(observer)
+        params = variables["params"]
+        leaves, tree = jax.tree.flatten(params)  # such as functions among the arrays, in Equinox
+
+        def run(make_observer: MakeObserver, arrays: list, args: tuple) -> Observer:
+            observer, given = make_observer(), iter(arrays)
+            own = [next(given) if is_array(leaf) else leaf for leaf in leaves]
+            self._trace(jax.tree.unflatten(tree, own), args, kwargs).observed(observer)
             return observer
 
-        params = variables["params"]
         seen = observe_batches(
             run,
-            params,
+            [leaf for leaf in leaves if is_array(leaf)],
             batches,
             functools.partial(self.function, params),
             kwargs,

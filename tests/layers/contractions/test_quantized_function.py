@@ -193,6 +193,15 @@ def test_modules_that_are_trees():
     assert_same(found["y"], network(by_hand, X[0])["y"])
 
 
+def test_leaves_may_be_functions():
+    params = {"weight": normal(4, 3), "activation": jnp.tanh}  # as in a module of Equinox
+    qlayer = quantized(lambda layer, x: layer["activation"](x @ layer["weight"]), act_bits=None)
+    qlayer, variables = qlayer.calibrate({"params": params}, [X], calibration="absmax", mu=2.0)
+    assert variables["params"]["activation"] is jnp.tanh
+    weight = quantize_by_hand(params["weight"], variables["compand"]["weight"], "weight")
+    assert_same(qlayer.apply(variables, X), jnp.tanh(X @ weight))
+
+
 def attention(params, x):
     with jax.named_scope("attention"):
         q, k, v = jnp.einsum("td,sdh->sth", x, params["qkv"])
