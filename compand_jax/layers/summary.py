@@ -111,10 +111,13 @@ def _shown(found: Mapping[str, Any], operand: str, site: Site) -> str:
 
 def _sqnr(kernel: Array, mu: Array | None, scale: Array, site: Site) -> str:
     spec = site.spec("weight")
-    own = len(spec.family.shape(spec))
     kernel = grouped(kernel, scale.shape, site.group_size)
-    stack = scale.ndim - bool(site.scale_axes) * kernel.ndim if mu is None else mu.ndim - own
-    if stack <= 0 and scale.ndim:  # one of a stack's layers has fewer axes than the stack
+    if mu is not None:
+        stack = mu.ndim - len(spec.family.shape(spec))
+    else:  # as many axes as the layers' scales have, unless they broadcast to the kernel
+        alike = scale.ndim < kernel.ndim and scale.shape == kernel.shape[: scale.ndim]
+        stack = scale.ndim if alike else 0
+    if not stack and scale.ndim:  # one of a stack's layers has fewer axes than the stack
         scale = scale.reshape((1,) * (kernel.ndim - scale.ndim) + scale.shape)
         if any(n not in (1, size) for n, size in zip(scale.shape, kernel.shape, strict=True)):
             return "-"
