@@ -12,6 +12,7 @@ from compand_jax.core.codebooks import codebook
 from compand_jax.core.quantizers import quantize
 from compand_jax.experiments.runs.stages import Stage
 from compand_jax.layers import parametrization as par
+from compand_jax.layers.groups import grouped
 from compand_jax.layers.sites import Site
 from compand_jax.layers.standardization import moments
 from compand_jax.layers.summary import site_weight
@@ -77,7 +78,9 @@ def _levels(weight: Array, found: Mapping[str, Any], site: Site) -> Buckets:
     mu = par.entry(found, "weight", spec)
     if site.weight_standardization:
         weight = weight - moments(weight)[0].astype(weight.dtype)
+    scale = found["weight_scale"]
+    weight = grouped(weight, scale.shape, site.group_size)
     levels, thresholds = codebook(mu, jnp.ones(()), **spec.arguments)
-    codes = quantize(weight, mu, found["weight_scale"], **spec.arguments).astype(jnp.int32)
+    codes = quantize(weight, mu, scale, **spec.arguments).astype(jnp.int32)
     counts = jnp.bincount((codes - spec.code_range[0]).ravel(), length=len(levels))
     return Buckets(jnp.append(thresholds, levels[-1]), counts, levels, levels[0])

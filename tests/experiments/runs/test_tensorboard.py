@@ -83,14 +83,22 @@ def test_levels_have_a_bucket_each():
     np.testing.assert_allclose(limits, [*thresholds, 1], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(centres, levels, rtol=1e-5, atol=1e-7)
     assert lowest == -1
-    for quantizer in ("uniform", "normal_float"):  # without parameters
-        qmodel = cj.quantize_model(TinyNet(), cj.QuantConfig(4, None, quantizer=quantizer))
+    for quantizer, granularity in (("uniform", 4), ("normal_float", "tensor")):
+        config = cj.QuantConfig(
+            4,
+            None,
+            quantizer=quantizer,
+            rules=(cj.Rule("dense", weight_granularity=granularity),),
+        )
+        qmodel = cj.quantize_model(TinyNet(), config)
         variables = drawn(qmodel, jnp.zeros((1, 4, 4, 1)))
         state = create_state(variables, optax.identity(), jax.random.key(0))
         found = weight_histograms(qmodel)(state)["levels/dense"]
-        values = qmodel.quantizers(variables)["dense"]["weight_scale"] * found.centres
-        weight = variables["params"]["dense"]["kernel"]
-        nearest = np.argmin(np.abs(np.asarray(weight)[..., None] - np.asarray(values)), -1)
+        scale = np.asarray(qmodel.quantizers(variables)["dense"]["weight_scale"])
+        weight = np.asarray(variables["params"]["dense"]["kernel"])
+        if granularity == 4:
+            weight = weight.reshape(-1, 4, 3)
+        nearest = np.argmin(np.abs((weight / scale)[..., None] - np.asarray(found.centres)), -1)
         np.testing.assert_array_equal(found.counts, np.bincount(nearest.ravel(), minlength=15))
 
 
