@@ -266,10 +266,12 @@ class _Call:
         bundle = nnx.merge(self._graphdef, self._with_params(params, state))
         model, args, kwargs = bundle
         before = _leaves(bundle)
-        kind = type(model)
+        # It runs as it was: `nnx.bridge.ToNNX` hands all that it has to Linen.
+        kind, own = type(model), vars(model).pop(ATTRIBUTE)
         _set_class(model, _plain(kind))
         outputs = self._method(model, *args, **kwargs)
         _set_class(model, kind)
+        vars(model)[ATTRIBUTE] = own
         after = _leaves(bundle)
         graphdef = nnx.graphdef(bundle)
         self._graphdef_after = None if graphdef == self._graphdef else graphdef

@@ -89,8 +89,8 @@ def quantize(model: M, config: QuantConfig, *, sites: Mapping[str, Site] | None 
     if not layers and not params:
         raise ValueError(
             "`model` must have a layer to quantize (Linear, LinearGeneral, Einsum, Conv, "
-            "ConvTranspose or Embed), found none: a Linen module in nnx.bridge.ToNNX is quantized "
-            "by quantize_model, and parameters that a module multiplies by itself are reached by "
+            "ConvTranspose or Embed), found none: a Linen module in nnx.bridge.ToNNX, and what a "
+            "module multiplies by itself, are reached by "
             "QuantConfig(contractions='parameters')"
         )
     if not own:
@@ -230,11 +230,6 @@ def stack_shape(layer: Any) -> tuple[int, ...]:
 def _check_arguments(model: Any, config: Any) -> None:
     _require_module(model)
     require_config(config)
-    if config.contractions != "layers" and isinstance(model, nnx.bridge.ToNNX):
-        raise ValueError(
-            "`model` must be made of NNX modules, got a Linen module in nnx.bridge.ToNNX: quantize "
-            "the Linen module by quantize_model, or the NNX module that it is in"
-        )
     if config.act_site != "input":
         raise ValueError(
             f"`act_site` must be 'input' for an NNX model, got {config.act_site!r}: its layers "

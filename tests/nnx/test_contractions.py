@@ -281,6 +281,25 @@ def test_error_feedback_is_a_layers():
     np.testing.assert_allclose(variables["params"]["w"], found, rtol=1e-6)
 
 
+class Bridged(nnx.Module):
+    def __init__(self):
+        self.linen = nnx.bridge.ToNNX(nn.Dense(4), rngs=nnx.Rngs(0)).lazy_init(X)
+
+    def __call__(self, x):
+        return self.linen(x)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_linen_modules_in_nnx(inside):
+    model = Bridged() if inside else Bridged().linen
+    qmodel = calibrated(model, act_bits=None)
+    name, linen = ("linen/kernel", qmodel.linen) if inside else ("kernel", qmodel)
+    assert sorted(cj.nnx.sites(qmodel)) == [name]
+    w = quantized_weight(qmodel, name, linen.kernel)
+    np.testing.assert_allclose(qmodel(X), X @ w + linen.bias[...][None], rtol=1e-5, atol=1e-6)
+    assert nnx.graphdef(cj.nnx.dequantize(qmodel)) == nnx.graphdef(model)
+
+
 def test_refused():
     model = Mixed(nnx.Rngs(0))
     qmodel = calibrated(model)
@@ -290,7 +309,5 @@ def test_refused():
         cj.nnx.quantize(qmodel, config())
     with pytest.raises(ValueError, match="`rules` must each match a site, 'v' matches none of"):
         calibrated(model, rules=(cj.Rule("v", weight_bits=8),))
-    with pytest.raises(ValueError, match="got a Linen module in nnx.bridge.ToNNX: quantize the Li"):
-        cj.nnx.quantize(nnx.bridge.ToNNX(LinenProduct(), rngs=nnx.Rngs(0)), config())
     with pytest.raises(ValueError, match="`sites` must be this model's, 'v' is none of 'head'"):
         cj.nnx.quantize(model, config(), sites={"v": cj.nnx.sites(qmodel)["w"]})
