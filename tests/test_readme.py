@@ -67,6 +67,14 @@ assert sites[:3] == ["layers_0/out", "layers_0/product_0:left", "layers_0/produc
 assert len(sites) == 6 and qmodel.sites["layers_0/product_1:left"].act_bits is None
 assert sorted(found) == ["down", "gate"] and z.shape == (32, 4)
 """,
+    "docs/families.md": """
+assert set(found["layers_0"]) == {"weight_gaps", "weight_scale", "act_gaps", "act_scale"}
+assert set(found["layers_2"]) == {"weight_exponent", "weight_scale", "act_exponent", "act_scale"}
+uniform = cj.fake_quantize(kernel, 0.0, cj.fit(kernel, bits=4, mu=0.0)[1], bits=4)
+errors = [jnp.mean((q - kernel) ** 2) for q in (uniform, companded, by_a_law)]
+assert max(errors[1:]) < errors[0] and 1 < a < 20 and jnp.isfinite(slope) and slope != 0
+assert len(levels) == 15 and levels[-1] == nf_scale
+""",
     "docs/frozen_format.md": """
 assert (frozen.apply(x) == logits).all()
 assert jnp.abs(jax.jit(qmodel.apply)(variables, x) - logits).max() < 1e-6 * logits.max()

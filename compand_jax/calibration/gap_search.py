@@ -18,7 +18,7 @@ import numpy as np
 
 from compand_jax.calibration.histogram_search import Cumulated, attempt
 from compand_jax.calibration.samples import Sample
-from compand_jax.calibration.search import Effort, Fit, Group, Search
+from compand_jax.calibration.search import COARSE, Effort, Fit, Group, Search
 from compand_jax.core.families.base import Gaps
 from compand_jax.core.families.free import Free
 from compand_jax.core.families.registry import MU_LAW
@@ -40,7 +40,8 @@ def fit_gaps(groups: Sequence[Group], effort: Effort, percent: float | None) -> 
         return Search(held, effort, percent).fits()
 
     best = at([_stored(group.specs[0], _start(group)) for group in groups])
-    curves = Search([_companded(group) for group in groups], effort, percent).fits()
+    # A start is all that it is: it need not be the best curve.
+    curves = Search([_companded(group) for group in groups], COARSE, percent).fits()
     starts = [
         best,
         [

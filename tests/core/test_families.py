@@ -136,7 +136,7 @@ def test_uniform_levels_are_the_start(quantizer):
         np.testing.assert_allclose(levels, half("uniform", case)[0], atol=2e-7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [FIVE_UNSIGNED, MIDRISE])
 @pytest.mark.parametrize("quantizer", PARAMETERS)
 def test_all_functions_read_one_table(quantizer, case):
     if quantizer == "apot" and case == MIDRISE:
@@ -172,7 +172,7 @@ def moved(p, j, step):
     return p
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [FIVE_UNSIGNED, MIDRISE])
 @pytest.mark.parametrize("quantizer", ["power", "piecewise", "free"])
 def test_gradients_are_differences_of_the_papers_formula(quantizer, case):
     """Of sum g sign(x) c G(F(v; p) + r; p), the rounding r held; of `free`, of the levels alone."""

@@ -1,6 +1,7 @@
 """The families by name."""
 
 import re
+from typing import Any
 
 from compand_jax.core.families.base import Family
 from compand_jax.core.families.fixed import AdditivePowers, NormalFloat
@@ -12,7 +13,7 @@ from compand_jax.core.families.power import Power
 _FAMILIES: dict[str, Family] = {}
 
 
-def register_quantizer(name: str, family: Family) -> None:
+def register_quantizer(name: str, family: Any) -> None:
     """Makes a family of levels known by a name, for `QuantConfig(quantizer=name)` and all else.
 
     Args:

@@ -2,14 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.ptq.families import families_table, families_text, plot_families
 from compand_jax.experiments.ptq.plots import plot_bits, plot_budget, plot_sensitivity
 from compand_jax.experiments.ptq.settings import Setting
 from compand_jax.experiments.ptq.tables import (
+    Table,
     base_setting,
     budget_text,
     full_precision_text,
@@ -112,7 +114,8 @@ def write_record(directory: Path, record: dict[str, Any]) -> str:
     if record["rows"]:
         main = _tables(record)[0].settings()
         shown = [rows[setting] for setting in main if setting in rows]
-        plot_bits(shown, record["full_precision"]["accuracy"], directory / "plot.png")
+        plot = plot_families if record["config"].get("families") else plot_bits
+        plot(shown, record["full_precision"]["accuracy"], directory / "plot.png")
         kept = [{name: row[name] for name in row if name != "rules"} for row in record["rows"]]
         write_text(directory / "rows.csv", to_csv(kept))
     if sensitivities := with_divergences(record):
@@ -135,7 +138,8 @@ def document(record: Mapping[str, Any]) -> str:
     for i, table in enumerate(_tables(record)):
         parts.append(table.to_markdown(results))
         if i == 0:
-            parts.append(lead_text(results))
+            is_of_families = record["config"].get("families")
+            parts.append(families_text(results) if is_of_families else lead_text(results))
     parts += [budget_text(found) for found in record["budgets"]]
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in record["seconds"].items())
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -170,7 +174,15 @@ def with_divergences(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tables(record: Mapping[str, Any]) -> list:
+def _tables(record: Mapping[str, Any]) -> list[Table]:
     bits = sorted({row["weight_bits"] for row in record["rows"]})
     fields = ("calibration", "error_feedback", "batch_stats")
-    return tables(base_setting(*(record["config"][name] for name in fields)), bits) if bits else []
+    if not bits:
+        return []
+    base = base_setting(*(record["config"][name] for name in fields))
+    return tables_of(base, bits, families=record["config"].get("families", False))
+
+
+def tables_of(base: Setting, bits: Sequence[int], *, families: bool) -> list[Table]:
+    """Returns the tables of a record: of all families of levels, or those of `tables`."""
+    return [families_table(base, bits)] if families else tables(base, bits)

@@ -28,6 +28,7 @@ from compand_jax.experiments.ptq.bit_allocation import (
     mixed_bits,
 )
 from compand_jax.experiments.ptq.checkpoint import Checkpoint, digest, load_checkpoint
+from compand_jax.experiments.ptq.families import BITS as FAMILY_BITS
 from compand_jax.experiments.ptq.network import (
     TrainedNetwork,
     evaluate_full_precision,
@@ -39,10 +40,11 @@ from compand_jax.experiments.ptq.record import (
     open_record,
     read_record,
     results_by_setting,
+    tables_of,
     write_record,
 )
 from compand_jax.experiments.ptq.settings import evaluate_setting
-from compand_jax.experiments.ptq.tables import base_setting, tables
+from compand_jax.experiments.ptq.tables import base_setting
 from compand_jax.experiments.records import provenance, write_json
 from compand_jax.models import MODELS
 
@@ -77,6 +79,8 @@ class PostTrainingConfig:
     budget: float | None = None
     """Instead of the table, choose bits from 2 to 8 for each site, of at most this average over the
     weights, and compare them with so many for every site."""
+    families: bool = False
+    """Instead of the table, every family of levels, of weights alone; --bits left out, 2, 3, 4."""
     calibration: str = "mse"
     """Calibration that the tables start from: mse, absmax, percentile or output."""
     error_feedback: bool = False
@@ -119,6 +123,8 @@ class PostTrainingConfig:
         require(self, "budget", ok, "from 2 to 8 bits per weight")
         ok = not (self.sensitivity and self.budget is not None)
         require(self, "budget", ok, "left out with `sensitivity`: one part at a time")
+        ok = not (self.families and (self.sensitivity or self.budget is not None))
+        require(self, "families", ok, "left out with `sensitivity` and `budget`")
 
 
 def run(config: PostTrainingConfig, *, progress: bool = True) -> tuple[str, Path]:
@@ -150,7 +156,7 @@ def run(config: PostTrainingConfig, *, progress: bool = True) -> tuple[str, Path
     elif config.budget is not None:
         part.allocate(config.budget)
     else:
-        part.fill_tables(config.bits or BITS)
+        part.fill_tables(config.bits or (FAMILY_BITS if config.families else BITS))
     return write_record(part.directory, part.record), part.directory
 
 
@@ -171,7 +177,8 @@ class _Run:
             )
         self._base = base_setting(config.calibration, config.error_feedback, config.batch_stats)
         name = f"{checkpoint.name}-{data.name}"
-        self.directory = config.out or Path("runs") / f"ptq-{name}"
+        kind = "families" if config.families else "ptq"
+        self.directory = config.out or Path("runs") / f"{kind}-{name}"
         self.record = open_record(self.directory, self._identity())
 
     def _identity(self) -> dict[str, Any]:
@@ -192,6 +199,8 @@ class _Run:
             "calibration": config.calibration,
             "error_feedback": config.error_feedback,
             "batch_stats": config.batch_stats,
+            # Records of the other parts are without.
+            **({"families": True} if config.families else {}),
         }
 
     @functools.cached_property
@@ -204,7 +213,11 @@ class _Run:
 
     def fill_tables(self, bits: tuple[int, ...]) -> None:
         """Runs the settings of all tables."""
-        wanted = [setting for one in tables(self._base, bits) for setting in one.settings()]
+        wanted = [
+            setting
+            for one in tables_of(self._base, bits, families=self._config.families)
+            for setting in one.settings()
+        ]
         done = results_by_setting(self.record["rows"])
         missing = [setting for setting in dict.fromkeys(wanted) if setting not in done]
         if "full_precision" not in self.record:

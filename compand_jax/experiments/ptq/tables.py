@@ -102,7 +102,7 @@ def _main(base: Setting, bits: Sequence[int]) -> Table:
     return Table(
         "Bits",
         f"One scale per weight tensor or per output channel, a mu for each tensor; "
-        f"{_described(base)}. The grid is the weights'; activations are midtread.",
+        f"{described(base)}. The grid is the weights'; activations are midtread.",
         ("bits W/A", "grid"),
         tuple(rows),
         columns,
@@ -114,7 +114,7 @@ def _calibrations(base: Setting, bits: Sequence[int]) -> Table:
     settings += [one.changed(act_bits=one.quant.weight_bits) for one in settings[-1:]]
     return Table(
         "Calibrations",
-        f"One scale per channel; {_described(base, calibration=False)}.",
+        f"One scale per channel; {described(base, calibration=False)}.",
         ("bits W/A", "quantizer"),
         _by_quantizer(settings),
         {name: {"calibration": name} for name in CALIBRATIONS},
@@ -126,7 +126,7 @@ def _scopes(base: Setting, bits: Sequence[int]) -> Table:
                 for count in bits for act_bits in (None, count)]  # fmt: skip
     return Table(
         "mu scopes",
-        f"mu-law, one scale per channel; {_described(base)}. A mu of its own for each tensor, one "
+        f"mu-law, one scale per channel; {described(base)}. A mu of its own for each tensor, one "
         "for all weights and one for all activations, or one for everything; for weights alone "
         "the last two are the same.",
         ("bits W/A",),
@@ -169,7 +169,7 @@ def _batch_stats(base: Setting, bits: Sequence[int]) -> Table:
     }
     return Table(
         "Batch-norm statistics",
-        f"Weights alone; {_described(base, batch_stats=False)}. Statistics as they were, or "
+        f"Weights alone; {described(base, batch_stats=False)}. Statistics as they were, or "
         "re-estimated under quantization from the calibration images.",
         ("bits W/A", "scale"),
         tuple(rows),
@@ -189,7 +189,8 @@ def _bits(setting: Setting) -> str:
     return f"{setting.quant.weight_bits}/{setting.quant.act_bits or 32}"
 
 
-def _described(base: Setting, *, calibration: bool = True, batch_stats: bool = True) -> str:
+def described(base: Setting, *, calibration: bool = True, batch_stats: bool = True) -> str:
+    """Returns a setting's calibration, error feedback and statistics in words."""
     parts = [f"calibration {base.calibration}"] if calibration else []
     parts.append(f"{'with' if base.error_feedback else 'without'} error feedback")
     if batch_stats:
