@@ -1,7 +1,7 @@
 """Quantizes a trained network without training: tables, its layers' sensitivity, bits in a budget.
 
-Usage: ptq.py CHECKPOINT [--field value ...]. Without --sensitivity and --budget, the tables: bits,
-quantizers, calibrations, mu scopes, error feedback and batch-norm re-estimation.
+Usage: ptq.py CHECKPOINT [--field value ...]. Without --families, --sensitivity and --budget,
+the tables: bits, quantizers, calibrations, mu scopes, error feedback and batch-norm re-estimation.
 """
 
 import tyro
