@@ -149,10 +149,12 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
     path, log = stage.directory / "result.json", stage.directory / "metrics.jsonl"
     if path.is_file():
         return
-    with stage.checkpoints() as checkpoints:
+    with contextlib.ExitStack() as stack, stage.checkpoints() as checkpoints:
         stage, state, metadata = start_or_resume(stage, checkpoints)
         stage.directory.mkdir(parents=True, exist_ok=True)
         events = make_events(stage, int(state.step)) if config.tensorboard else None
+        if events is not None:
+            stack.callback(events.close)
         try:
             state = fit(
                 state,
@@ -171,12 +173,11 @@ def _run_stage(config: RunConfig, stage: Stage, progress: bool) -> None:
             )
         except FloatingPointError as error:  # it diverges
             raise UserError(str(error).replace("`learning_rate`", _rates(stage))) from error
-        finally:
-            if events is not None:
-                events.close()
         if not checkpoints.steps():  # there was nothing to train
             checkpoints.save(int(state.step), state, metadata)
-    result = _result(config, stage, state, metadata)
+        result = _result(config, stage, state, metadata)
+        if events is not None:
+            events.row({"step": result["steps"], "test_accuracy": result["test_accuracy"]})
     if is_main():
         write_json(path, result)
     wait_for_all(f"result of {stage.name}")

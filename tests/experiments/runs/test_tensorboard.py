@@ -1,5 +1,6 @@
 """Event files, read back as TensorBoard reads them."""
 
+import json
 import struct
 import sys
 
@@ -55,6 +56,8 @@ def test_a_run_writes_its_metrics_and_its_weights(tiny, tmp_path):  # noqa: F811
     scalars = values(directory / "tensorboard", "simple_value")
     rows = read_log(directory / "metrics.jsonl")
     assert len(rows) == 2
+    result = json.loads((directory / "result.json").read_text())
+    np.testing.assert_allclose(scalars["test_accuracy", 4], result["test_accuracy"], rtol=1e-6)
     for row in rows:
         for tag in ("loss", "accuracy", "learning_rate"):
             np.testing.assert_allclose(scalars[tag, row["step"]], row[tag], rtol=1e-6)
