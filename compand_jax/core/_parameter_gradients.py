@@ -9,9 +9,6 @@ from jaxtyping import Array
 from compand_jax.core._xla import sum_to, take
 from compand_jax.core.spec import Spec
 
-# Up to so many levels comparing each value with each is cheaper than adding to one place at a time.
-_FEW_LEVELS = 32
-
 
 def slope_of_one(
     v: Array, v_q: Array, p: Array, spec: Spec, look_up: Callable[[Array], Array]
@@ -52,8 +49,7 @@ def sum_of_many(g: Array, v: Array, indices: Array, p: Array, spec: Spec) -> Arr
 def _sum_by_level(g: Array, indices: Array, shape: tuple[int, ...]) -> Array:
     """Returns the sum of what has each level, of a table's shape."""
     *tables, count = shape
-    if not tables and count > _FEW_LEVELS:
+    if not tables:
         return jnp.zeros(count, g.dtype).at[indices.ravel()].add(g.ravel())
-    has_level = jax.nn.one_hot(indices, count, dtype=bool)
-    own = jnp.where(has_level, g[..., None], 0)
-    return sum_to(own, (*(tables or (1,) * g.ndim), count)).reshape(shape)
+    sums = [sum_to(jnp.where(indices == k, g, 0), tuple(tables)) for k in range(count)]
+    return jnp.stack(sums, -1).reshape(shape)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from compand_jax.core._xla import sum_to
 from compand_jax.core.families.base import Gaps, positions, split_table
 
 if TYPE_CHECKING:
@@ -47,21 +48,25 @@ class Piecewise(Gaps):
 
     def passed_on(self, g: Array, v: Array, slopes: Array, p: Array) -> Array:
         """Returns the sum over values of g dG/dy dF/ds."""
-        return jax.vjp(lambda p: piecewise_compress(v, p), p)[1](g * slopes)[0]
+        heights, pull_back = jax.vjp(_heights, p)
+        own, tables = g * slopes, heights.shape[:-1]
+        if not tables:
+            # A piece has its height's share of what lies on it, and all of what lies beyond.
+            piece = jnp.minimum((INTERVALS * v).astype(jnp.int32), INTERVALS - 1)
+            share = own * (INTERVALS * v - piece.astype(v.dtype))
+            on, shares = (_sums(x, piece) for x in (own, share))
+            return pull_back(shares + jnp.sum(on) - jnp.cumsum(on))[0]
+        sums = [sum_to(own * jnp.clip(INTERVALS * v - j, 0, 1), tables) for j in range(INTERVALS)]
+        return pull_back(jnp.stack(sums, -1))[0]
 
 
-def piecewise_compress(v: Array, slopes: Array) -> Array:
-    """Returns F(v), the slopes along the last axis, behind axes that broadcast against v."""
-    heights = _heights(slopes)
-    pieces = jnp.arange(INTERVALS, dtype=v.dtype).reshape((1,) * v.ndim + (-1,))
-    part = jnp.clip(INTERVALS * v[..., None] - pieces, 0, 1)
-    if heights.ndim == 1:
-        heights = heights.reshape(pieces.shape)
-    return jnp.sum(heights * part, -1)
+def _sums(x: Array, piece: Array) -> Array:
+    """Returns the sum of what lies on each piece."""
+    return jnp.zeros(INTERVALS, x.dtype).at[piece.ravel()].add(x.ravel())
 
 
 def piecewise_expand(y: Array, slopes: Array) -> Array:
-    """Returns G(y), the slopes likewise."""
+    """Returns G(y), the slopes along the last axis, behind axes that broadcast against y."""
     index, start, height = _piece(y, slopes)
     return (index + (y - start) / height) / INTERVALS
 
