@@ -240,6 +240,7 @@ UNITS = {
     "quant.mu-scope": "separate",
     "quant.quantizer": "uniform",
     "quant.weight-granularity": "channel",
+    "quant.scale-dtype": "float16",
     "quant.grid": "midrise",
     "quant.act-site": "output",
     "quant.act-signed": "None lets calibration decide",
