@@ -98,6 +98,10 @@ assert [qmodel.sites[name].weight_bits for name in ("stem", "block0", "head")] =
 assert own.quantizer == "mu_law" and (own.grid, own.weight_granularity) == ("midrise", "channel")
 assert config.at("block1").quantizer == "uniform" and table.startswith("site")
 """,
+    "docs/transformers.md": """
+assert own["weight_scale"].shape == (2, 1, 256) and (by_hand == kernel).all()
+assert frozen.arrays["scales"]["layers_0"].dtype == jnp.float16
+""",
     "docs/nnx.md": """
 assert set(found) == {"conv", "head"} and table.endswith("weights not quantized: none")
 assert jnp.isfinite(loss) and (qmodel.conv.kernel[...] != model.conv.kernel[...]).any()

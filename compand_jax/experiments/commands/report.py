@@ -21,6 +21,7 @@ import tyro
 from compand_jax.experiments.benchmark.report import benchmark_text
 from compand_jax.experiments.commands.arguments import parse
 from compand_jax.experiments.errors import UserError
+from compand_jax.experiments.ptq.encoder_record import KIND, encoder_document
 from compand_jax.experiments.ptq.record import document
 from compand_jax.experiments.records import read_json
 from compand_jax.experiments.runs.report import results_table
@@ -169,7 +170,10 @@ def record_text(record: Path, link: str) -> str:
 
 def _run_text(record: Path, results: list | dict) -> str:
     # A list is of a training run; an object, of post-training quantization.
-    table = results_table(results) if isinstance(results, list) else document(results)
+    if isinstance(results, list):
+        table = results_table(results)
+    else:
+        table = encoder_document(results) if results.get("kind") == KIND else document(results)
     text = (record / "results.md").read_text()
     heading, _, body = text.partition("\n## ")[0].partition("\n")
     if not heading.startswith("# ") or table not in text:

@@ -1,11 +1,11 @@
 """A sentence encoder's weights quantized without training, and how far its vectors move.
 
 Weights alone are quantized. A quantized network is the network itself with levels in the place of
-kernels: so one compiled function serves all settings.
+kernels: so one compiled function serves all settings. Look-up tables, which are most of a small
+encoder, are quantized once and alike in all settings.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,26 +15,23 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from compand_jax.core.families.registry import family_of
 from compand_jax.experiments.errors import UserError, user_errors
-from compand_jax.layers.config import INHERIT, QuantConfig, Rule
+from compand_jax.layers.config import QuantConfig, Rule
 from compand_jax.layers.model_size import model_bytes
-from compand_jax.layers.observation import Observations
 from compand_jax.layers.parametrization import entry
 from compand_jax.layers.summary import site_weight
 from compand_jax.linen.calibration import observe
 from compand_jax.linen.dequantization import dequantized_params
 from compand_jax.linen.quantized_model import QuantizedModel, quantize_model
 
-_MIDTREAD_FROM = 3
-"""Bits. At 2 bits midtread has three levels, which no mu moves; midrise has four."""
-
 
 @dataclasses.dataclass(frozen=True)
 class EncoderSetting:
-    """How an encoder's weights are quantized.
+    """How the weights of an encoder's layers are quantized.
 
     Args:
-      bits: Of the weights of layers that multiply.
+      bits: Of a weight.
       granularity: "tensor", "channel" or a group size.
       quantizer: As `QuantConfig`'s.
       error_feedback: Whether weights that are rounded later make up for those before.
@@ -45,40 +42,20 @@ class EncoderSetting:
     quantizer: str
     error_feedback: bool
 
-    def config(self, tables: str, table_bits: int | None, scale_dtype: str) -> QuantConfig:
-        """Returns the config of these layers; look-up tables have bits and groups of their own.
+    def config(self, tables: str, scale_dtype: str) -> QuantConfig:
+        """Returns the config; the sites of look-up tables, by their pattern, are left.
 
-        Args:
-          tables: Pattern of the look-up tables' sites.
-          table_bits: Their bits, one scale for each feature unless there are groups; None leaves
-            them in full precision.
-          scale_dtype: What scales are stored in.
+        All 2^bits codes are used where the family has the grid "midrise".
         """
-        midrise = self.bits < _MIDTREAD_FROM
         return QuantConfig(
             weight_bits=self.bits,
             act_bits=None,
             quantizer=self.quantizer,
             weight_granularity=self.granularity,
-            grid="midrise" if midrise else "midtread",
+            grid="midrise" if "midrise" in family_of(self.quantizer).grids else "midtread",
             scale_dtype=scale_dtype,
-            rules=(
-                Rule(
-                    tables,
-                    weight_bits=table_bits,
-                    quantizer="uniform",
-                    grid="midtread" if midrise else INHERIT,
-                ),
-            ),
+            rules=(Rule(tables, weight_bits=None),),
         )
-
-
-def settings(
-    bits: Iterable[int], granularities: Iterable[str | int], quantizers: Iterable[str]
-) -> list[EncoderSetting]:
-    """Returns all combinations, with and without error feedback."""
-    product = itertools.product(bits, granularities, quantizers, (False, True))
-    return [EncoderSetting(*values) for values in product]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +70,9 @@ class Encoder:
       count: How many sentences there are.
       tables: Pattern of the sites that are look-up tables.
       table_bits: Their bits; None is full precision.
+      table_group: How many of a row's features share a scale.
       scale_dtype: What scales are stored in.
+      method: How scales are found: "mse", "absmax" or "output".
     """
 
     model: nn.Module
@@ -102,8 +81,10 @@ class Encoder:
     batches: list[tuple[tuple, np.ndarray]]
     count: int
     tables: str
-    table_bits: int | None
-    scale_dtype: str
+    table_bits: int | None = 8
+    table_group: int = 64
+    scale_dtype: str = "float16"
+    method: str = "output"
 
     def vectors(self, apply: Callable, params: Mapping) -> Float[np.ndarray, "sentences width"]:
         """Returns the sentences' vectors."""
@@ -118,55 +99,99 @@ class Encoder:
         return found
 
 
-def rows(encoder: Encoder, wanted: Iterable[EncoderSetting]) -> Iterator[dict[str, Any]]:
-    """Yields what is measured of each setting, one by one."""
-    wanted = list(wanted)
-    apply = jax.jit(encoder.model.apply)
-    exact = encoder.vectors(apply, encoder.variables["params"])
-    # Without error feedback no products of the inputs are needed.
-    seen = observe(
-        encoder.model,
-        encoder.variables,
-        encoder.calibration,
-        {},
-        at_output=False,
-        activations=False,
-        moments=any(setting.error_feedback for setting in wanted),
-    )
-    for setting in wanted:
-        qmodel, variables, seconds = quantized(encoder, setting, seen)
-        params = dequantized_params(qmodel, variables)
-        yield {
-            **dataclasses.asdict(setting),
-            **agreement(encoder.vectors(apply, params), exact),
-            "bits_per_weight": bits_per_weight(qmodel, variables),
-            "model_bytes": model_bytes(variables, qmodel.sites),
-            "seconds": round(seconds, 1),
+class EncoderTable:
+    """Settings of one encoder, measured one by one; it is observed once.
+
+    Args:
+      encoder: What is tried.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._apply = jax.jit(encoder.model.apply)
+        self._exact = encoder.vectors(self._apply, encoder.variables["params"])
+        self._seen = observe(
+            encoder.model,
+            encoder.variables,
+            encoder.calibration,
+            {},
+            at_output=False,
+            activations=False,
+            moments=True,
+        )
+        self._variables, self._table_bytes = self._with_tables()
+
+    def rows(self, wanted: Iterable[EncoderSetting]) -> Iterator[dict[str, Any]]:
+        """Yields what is measured of each setting."""
+        for setting in wanted:
+            qmodel, variables, seconds = self.quantized(setting)
+            vectors = self._encoder.vectors(self._apply, dequantized_params(qmodel, variables))
+            yield {
+                **dataclasses.asdict(setting),
+                **agreement(vectors, self._exact),
+                "bits_per_weight": bits_per_weight(qmodel, variables),
+                "model_bytes": model_bytes(variables, qmodel.sites) + self._table_bytes,
+                "seconds": round(seconds, 1),
+            }
+
+    def quantized(self, setting: EncoderSetting) -> tuple[QuantizedModel, dict[str, Any], float]:
+        """Returns the encoder quantized, its variables, and the seconds that it took."""
+        own = self._encoder
+        with user_errors(ValueError):
+            config = setting.config(own.tables, own.scale_dtype)
+            start = time.perf_counter()
+            qmodel, variables = quantize_model(own.model, config).calibrate_from(
+                self._seen,
+                self._variables,
+                calibration=own.method,
+                error_feedback=setting.error_feedback,
+            )
+            jax.block_until_ready(variables["params"])
+        return qmodel, variables, time.perf_counter() - start
+
+    def full_precision_bytes(self) -> int:
+        """Returns the bytes of the encoder as it is."""
+        return model_bytes(self._encoder.variables)
+
+    def with_tables_alone(self) -> dict[str, Any]:
+        """Returns what quantizing the look-up tables alone does."""
+        vectors = self._encoder.vectors(self._apply, self._variables["params"])
+        return {
+            **agreement(vectors, self._exact),
+            "model_bytes": model_bytes(self._variables) + self._table_bytes,
         }
 
-
-def quantized(
-    encoder: Encoder, setting: EncoderSetting, seen: Observations
-) -> tuple[QuantizedModel, dict[str, Any], float]:
-    """Returns the encoder quantized, its variables, and the seconds that it took."""
-    with user_errors(ValueError):
-        config = setting.config(encoder.tables, encoder.table_bits, encoder.scale_dtype)
-        start = time.perf_counter()
-        qmodel, variables = quantize_model(encoder.model, config).calibrate_from(
-            seen, encoder.variables, error_feedback=setting.error_feedback
+    def _with_tables(self) -> tuple[dict[str, Any], int]:
+        """Returns the variables with levels for look-up tables, and the bytes that this adds."""
+        own = self._encoder
+        if own.table_bits is None:
+            return dict(own.variables), 0
+        config = QuantConfig(
+            weight_bits=None,
+            act_bits=None,
+            scale_dtype=own.scale_dtype,
+            weight_granularity=own.table_group,
+            quantizer="uniform",
+            rules=(Rule(own.tables, weight_bits=own.table_bits),),
         )
-        jax.block_until_ready(variables)
-    return qmodel, variables, time.perf_counter() - start
+        with user_errors(ValueError):
+            qmodel, variables = quantize_model(own.model, config).calibrate_from(
+                self._seen, own.variables, calibration="absmax"
+            )
+        params = dequantized_params(qmodel, variables)
+        change = model_bytes(variables, qmodel.sites) - model_bytes(own.variables)
+        return {**own.variables, "params": params}, change
 
 
 def bits_per_weight(qmodel: QuantizedModel, variables: Mapping[str, Any]) -> float:
     """Returns the bits of a quantized weight on average, scales and mu included."""
     total, count = 0, 0
     for name, found in qmodel.quantizers(variables).items():
-        weight = site_weight(variables["params"], name)
-        own = entry(found, "weight", qmodel.site(name).spec("weight"))
-        mus = 0 if own is None else own.size
-        total += qmodel.site(name).weight_bytes(weight.size, found["weight_scale"].size, mus)
+        weight, site = site_weight(variables["params"], name), qmodel.site(name)
+        own = entry(found, "weight", site.spec("weight"))
+        total += site.weight_bytes(
+            weight.size, found["weight_scale"].size, 0 if own is None else own.size
+        )
         count += weight.size
     return 8 * total / max(count, 1)
 
