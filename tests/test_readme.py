@@ -184,7 +184,8 @@ def test_ci_runs_the_two_commands():
 
 def command(name):
     """Returns the module of a script: of the package, or the script itself."""
-    package = "" if name == "compare_dtypes" else "compand_jax.experiments.commands."
+    by_itself = name in ("compare_dtypes", "ptq_encoder")
+    package = "" if by_itself else "compand_jax.experiments.commands."
     return importlib.import_module(f"{package}{name}")
 
 

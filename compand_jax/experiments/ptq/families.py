@@ -56,7 +56,7 @@ def families_text(results: Results) -> str:
     """Returns which family is the best at each bits and granularity, and where mu-law stands."""
     groups: dict[tuple[int, str], dict[str, Mapping[str, Any]]] = {}
     for setting, found in results.items():
-        key = setting.quant.weight_bits or 32, setting.quant.weight_granularity
+        key = setting.quant.weight_bits or 32, str(setting.quant.weight_granularity)
         groups.setdefault(key, {})[setting.quant.quantizer] = found
     lines = []
     for (bits, granularity), own in sorted(groups.items()):
