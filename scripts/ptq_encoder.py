@@ -115,7 +115,7 @@ def main(args: list[str]) -> None:
         for row in tqdm(table.rows(wanted), total=len(wanted)):
             record["rows"].append(row)
             write_record(options.out, record)
-    print(f"\n{write_record(options.out, record)}\nIn {options.out}: results.json, rows.csv")
+    print(f"\n{write_record(options.out, record)}\nIn {options.out}: encoder.json, rows.csv")
 
 
 def _example() -> Any:

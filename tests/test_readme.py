@@ -14,6 +14,7 @@ import pytest
 
 from compand_jax.experiments.commands import report
 from compand_jax.experiments.commands.arguments import parse
+from compand_jax.experiments.ptq.encoder_record import encoder_document
 from compand_jax.experiments.ptq.record import document, results_by_setting
 from compand_jax.experiments.ptq.run import PostTrainingConfig
 from compand_jax.experiments.ptq.tables import base_setting, tables
@@ -26,6 +27,7 @@ from compand_jax.experiments.runs.config import (
 from compand_jax.experiments.runs.presets import preset
 from compand_jax.experiments.study.grid import STUDIES, study_cells
 from compand_jax.experiments.study.report import read_records
+from compand_jax.experiments.text import to_csv
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in report.pages(ROOT)}
@@ -315,6 +317,16 @@ def test_tables_are_those_of_the_records():
         outside = re.sub(r"<!-- (\w+):.*?<!-- /\1 -->", "", text, flags=re.DOTALL)
         found = re.search(r"\d\d\.\d+ ?%", outside)
         assert not found, f"an accuracy that is in no record, in {page}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("results/*/encoder.json")), ids=lambda path: path.parent.name
+)
+def test_records_of_encoders_agree(path):
+    record = json.loads(path.read_text())
+    assert (path.parent / "results.md").read_text() == encoder_document(record)
+    assert (path.parent / "rows.csv").read_text() == to_csv(record["rows"])
+    assert all(-1 <= row["cosine_p1"] <= row["cosine"] <= 1 for row in record["rows"])
 
 
 @pytest.mark.parametrize(

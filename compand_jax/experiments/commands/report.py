@@ -21,7 +21,7 @@ import tyro
 from compand_jax.experiments.benchmark.report import benchmark_text
 from compand_jax.experiments.commands.arguments import parse
 from compand_jax.experiments.errors import UserError
-from compand_jax.experiments.ptq.encoder_record import KIND, encoder_document
+from compand_jax.experiments.ptq.encoder_record import FILE, encoder_document
 from compand_jax.experiments.ptq.record import document
 from compand_jax.experiments.records import read_json
 from compand_jax.experiments.runs.report import results_table
@@ -35,7 +35,7 @@ from compand_jax.experiments.study.report import (
 _BLOCK = re.compile(
     r"(<!-- (?P<kind>results|table):(?P<name>[\w-]+) -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL
 )
-_RECORDS = "results.json", "results.csv", "benchmark.json"
+_RECORDS = "results.json", "results.csv", "benchmark.json", FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,8 @@ def record_text(record: Path, link: str) -> str:
         return study_block(record, link)
     if (path := record / "benchmark.json").is_file():
         text = benchmark_text(read_json(path))
+    elif (path := record / FILE).is_file():
+        text = encoder_document(read_json(path)).partition("\n")[2].strip()
     elif (path := record / "results.json").is_file():
         text = _run_text(record, read_json(path))
     else:
@@ -170,10 +172,7 @@ def record_text(record: Path, link: str) -> str:
 
 def _run_text(record: Path, results: list | dict) -> str:
     # A list is of a training run; an object, of post-training quantization.
-    if isinstance(results, list):
-        table = results_table(results)
-    else:
-        table = encoder_document(results) if results.get("kind") == KIND else document(results)
+    table = results_table(results) if isinstance(results, list) else document(results)
     text = (record / "results.md").read_text()
     heading, _, body = text.partition("\n## ")[0].partition("\n")
     if not heading.startswith("# ") or table not in text:

@@ -8,7 +8,8 @@ from compand_jax.experiments.errors import UserError
 from compand_jax.experiments.records import make_writable, read_json, write_json, write_text
 from compand_jax.experiments.text import markdown_table, size_text, to_csv
 
-KIND = "sentence encoder"
+FILE = "encoder.json"
+"""The record's, in its directory."""
 _SETTING = ("bits", "granularity", "quantizer", "error_feedback")
 
 
@@ -19,9 +20,9 @@ def open_record(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
       UserError: the record is of another configuration, or the directory cannot be written.
     """
     make_writable({"out": (directory, 0)})
-    path = directory / "results.json"
+    path = directory / FILE
     if not path.is_file():
-        return {"kind": KIND, "config": dict(config), "rows": []}
+        return {"config": dict(config), "rows": []}
     record = read_json(path)
     if not isinstance(record, dict) or record.get("config") != config:
         raise UserError(
@@ -37,9 +38,9 @@ def is_done(record: Mapping[str, Any], setting: Mapping[str, Any]) -> bool:
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> str:
-    """Writes `results.json`, `rows.csv` and `results.md`; returns the text."""
+    """Writes `encoder.json`, `rows.csv` and `results.md`; returns the text."""
     record["rows"].sort(key=_order)
-    write_json(directory / "results.json", record)
+    write_json(directory / FILE, record)
     text = encoder_document(record)
     if record["rows"]:
         write_text(directory / "rows.csv", to_csv(record["rows"]))
@@ -91,7 +92,7 @@ def encoder_document(record: Mapping[str, Any]) -> str:
         f"calibration `{config['calibration']}`.",
         f"Calibrated on {config['calibration_sentences']} sentences "
         f"({config['calibration_source']}), none of the others; seed {config['seed']}. "
-        f"{versions}; {record['devices']}; {record['date']}. All settings are in results.json.",
+        f"{versions}; {record['devices']}; {record['date']}. All settings are in encoder.json.",
     ]
     return "\n\n".join(parts) + "\n"
 
