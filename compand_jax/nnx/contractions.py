@@ -7,6 +7,7 @@ contractions lies in one attribute of the model, beside what is in its layers.
 
 import functools
 import inspect
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -250,11 +251,14 @@ class _Call:
           ValueError: the call changes what is no state.
         """
         outputs, changed = result
-        if changed:
-            nnx.update(self._bundle, changed)
-        if self._graphdef_after is not None and (
-            nnx.graphdef(self._bundle) != self._graphdef_after
-        ):
+        try:
+            if changed:
+                nnx.update(self._bundle, changed)
+            after = self._graphdef_after
+            is_state = after is None or nnx.graphdef(self._bundle) == after
+        except ValueError:  # a variable in the place of what is none
+            is_state = False
+        if not is_state:
             raise ValueError(
                 "`model` must change its state alone when it is run, nnx.Variable, where its own "
                 "contractions are quantized; it changes an attribute or removes a variable: make "
@@ -278,7 +282,7 @@ class _Call:
         changed = [
             (path, leaf)
             for path, (leaf, values) in after.items()
-            if path not in before or any(map(_differ, values, before[path][1]))
+            if path not in before or _differ(values, before[path][1])
         ]
         return outputs, nnx.from_flat_state(changed) if changed else {}
 
@@ -289,8 +293,9 @@ class _Call:
         return nnx.from_flat_state(flat)
 
 
-def _differ(x: Any, y: Any) -> bool:
-    return x is not y
+def _differ(values: list, before: list) -> bool:
+    # One that `nnx.capture` reads has more values after a call.
+    return len(values) != len(before) or any(map(operator.is_not, values, before))
 
 
 def _leaves(bundle: Any) -> dict[tuple, tuple[nnx.Variable, list]]:

@@ -236,7 +236,8 @@ def _check_arguments(model: Any, config: Any) -> None:
             "can be reached at what they multiply alone"
         )
     # A `Promotion`, or what a frozen model has.
-    if contractions_of(model) is not None or any(
+    modules = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
+    if any(contractions_of(module) is not None for module in modules) or any(
         isinstance(layer.promote_dtype, nnx.Module) for _, layer in layers_of(model)
     ):
         raise ValueError(

@@ -300,6 +300,32 @@ def test_linen_modules_in_nnx(inside):
     assert nnx.graphdef(cj.nnx.dequantize(qmodel)) == nnx.graphdef(model)
 
 
+class Captured(nnx.Module):
+    """Shows what it computes to `nnx.capture`, or puts it in the place of None."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 4)))
+        self.last = nnx.data(None)
+
+    def __call__(self, x):
+        y = x @ self.w[...]
+        self.sow(nnx.Intermediate, "y", y)
+        return y
+
+    def keep(self, x):
+        self.last = nnx.Cache(x @ self.w[...])
+
+
+@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax 0.11 has no nnx.capture")
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
+def test_capture_sees_what_a_call_sows():
+    qmodel = calibrated(Captured(nnx.Rngs(0)))
+    y, sown = nnx.capture(qmodel, nnx.Intermediate)(X)
+    assert_same(sown["y"].get_value()[0], y, 0)
+    with pytest.raises(ValueError, match="`model` must change its state alone when it is run"):
+        qmodel.keep(X)
+
+
 def test_refused():
     model = Mixed(nnx.Rngs(0))
     qmodel = calibrated(model)
@@ -307,6 +333,9 @@ def test_refused():
         cj.freeze(qmodel)
     with pytest.raises(ValueError, match="`model` must be in full precision, got a quantized one"):
         cj.nnx.quantize(qmodel, config())
+    inside = nnx.Sequential(cj.nnx.quantize(Captured(nnx.Rngs(0)), config()))
+    with pytest.raises(ValueError, match="`model` must be in full precision, got a quantized one"):
+        cj.nnx.quantize(inside, config())
     with pytest.raises(ValueError, match="`rules` must each match a site, 'v' matches none of"):
         calibrated(model, rules=(cj.Rule("v", weight_bits=8),))
     with pytest.raises(ValueError, match="`sites` must be this model's, 'v' is none of 'head'"):

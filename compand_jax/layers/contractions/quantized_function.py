@@ -176,13 +176,18 @@ class QuantizedFunction(Quantized):
 
         Raises:
           TypeError: `batches` is an array, or this is called under `jax.jit`.
-          ValueError: the function contracts no parameter, there are no batches, one is empty, or
-            something is not finite; a rule matches no site, activations of one bit have a sign, or
-            an argument is out of its range.
+          ValueError: `variables` have no "params", the function contracts none, there are no
+            batches, one is empty, or something is not finite; a rule matches no site, activations
+            of one bit have a sign, or an argument is out of its range.
         """
         percentile, mu = check_arguments(calibration, percentile, mu)
         require_concrete("variables", variables)
 
+        if "params" not in variables:
+            raise ValueError(
+                f"`variables` must hold the parameters as 'params', got {sorted(variables)}: give "
+                '{"params": params}'
+            )
         params = variables["params"]
         leaves, tree = jax.tree.flatten(params)  # such as functions among the arrays, in Equinox
 

@@ -274,6 +274,8 @@ def test_errors():
         quantized(lambda params, x: x * params["w"]).init({"w": X}, X)
     with pytest.raises(ValueError, match="`variables` must hold the collection 'compand'"):
         quantized().apply({"params": PARAMS}, X)
+    with pytest.raises(ValueError, match="`variables` must hold the parameters as 'params', got"):
+        quantized().calibrate(PARAMS, [X])
     with pytest.raises(ValueError, match="`rules` must each match a site, 'head' matches none of"):
         quantized(rules=(cj.Rule("head"),)).init(PARAMS, X)
     with pytest.raises(TypeError, match=r"`batches` must hold the 1 positional arguments .* got 2"):
