@@ -137,7 +137,7 @@ REST = [page for page in PAGES if page not in FIRST and code_blocks(page, "pytho
 
 
 @pytest.mark.parametrize(
-    "names", [pytest.param(FIRST, marks=pytest.mark.quick), REST], ids=["readme", "pages"]
+    "names", [pytest.param(FIRST, marks=pytest.mark.versions), REST], ids=["readme", "pages"]
 )
 def test_code_runs_as_written(tmp_path, names):
     pages = {page: "".join(code_blocks(page, "python")) for page in names}

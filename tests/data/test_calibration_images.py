@@ -17,7 +17,6 @@ def rows_of(images):
     return {image.tobytes() for image in images}
 
 
-@pytest.mark.quick
 def test_plain_images_are_chosen_without_repetition_and_normalized():
     data = tiny_data(train=64)
     chosen = choose_calibration_images(data, 20, pad=0, flip=False, seed=3)

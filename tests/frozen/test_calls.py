@@ -156,7 +156,6 @@ class Policy(nn.Module):
         return {"logits": y, "kind": self.kind, "bins": 3, "half": 0.5, "nothing": None}
 
 
-@pytest.mark.quick
 def test_outputs_that_are_no_arrays(tmp_path):
     x = normal(*X)
     variables = drawn(cj.quantize_model(nn.Sequential([nn.Dense(3)]), CONFIG), x)

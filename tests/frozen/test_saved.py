@@ -55,7 +55,6 @@ def test_inputs_of_numpys_types(dtype, tmp_path):
     assert loaded.signature == frozen.signature
 
 
-@pytest.mark.quick
 def test_ids_of_numpys_type(tmp_path):
     saved_and_loaded(tmp_path / "x.safetensors", Tokens(), (np.arange(5),), {})
 

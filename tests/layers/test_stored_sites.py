@@ -152,7 +152,6 @@ def test_a_field_out_of_its_range_is_named_with_its_site(changed, match):
         cj.sites_from_json(json.dumps({"": FIELDS, "a/b": FIELDS | changed}))
 
 
-@pytest.mark.quick
 def test_what_are_no_sites():
     qmodel, _ = calibrated()
     text, config = cj.sites_to_json(qmodel.sites), qmodel.config
@@ -213,7 +212,6 @@ def test_what_says_nothing_about_sites_may_differ():
     np.testing.assert_array_equal(again.apply(variables, X), qmodel.apply(variables, X))
 
 
-@pytest.mark.quick
 def test_activations_that_were_not_calibrated():
     qmodel, _ = calibrated(act_bits=None)
     config = dataclasses.replace(qmodel.config, act_bits=3)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 CONFIG = functools.partial(cj.QuantConfig, weight_bits=BITS, act_bits=BITS)
-QUICK = ("dense", "conv_depthwise", "vmap")
+VERSIONS = ("dense", "conv_depthwise", "vmap")
 # The head is quantized as well, which is half of what is compiled, after layers that could have an
 # effect on the next one: a dense one, and those that are traced in a way of their own.
 BOTH = ("dense", "conv_subclass", "remat", "nn_jit", "vmap", "weight_norm")
@@ -40,10 +40,10 @@ FULL_PRECISION_HEAD = (cj.Rule("head", weight_bits=None, act_bits=None),)
 def cells():
     for name in LAYERS:
         for dtype, act_site, granularity in CELLS:
-            quick = name in QUICK and (act_site, granularity) == ("output", "channel")
+            versions = name in VERSIONS and (act_site, granularity) == ("output", "channel")
             yield pytest.param(
                 name, dtype, act_site, granularity,
-                marks=[pytest.mark.quick] if quick else [],
+                marks=[pytest.mark.versions] if versions else [],
                 id=f"{name}-{dtype.__name__}-{act_site}-{granularity}",
             )  # fmt: skip
 

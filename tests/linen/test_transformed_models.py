@@ -57,11 +57,11 @@ MODELS = {
 }
 
 
-QUICK = ("scan_same_in_scan_same", "lstm", "remat", "vmap")
+VERSIONS = ("scan_same_in_scan_same", "lstm", "remat", "vmap")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.quick if n in QUICK else ()) for n in MODELS]
+    "name", [pytest.param(n, marks=pytest.mark.versions if n in VERSIONS else ()) for n in MODELS]
 )
 def test_init_calibrate_train_freeze(name):
     make, shape, count = MODELS[name]
